@@ -1,0 +1,162 @@
+"""Permutation: who goes where. Builds the routing and moves rows into expert order and back."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from fastmoe.ops import check
+from fastmoe.ops.registry import define
+
+
+class Routing(NamedTuple):
+    """The stable order of routed rows by expert. R = T*K rows; offsets[E] of them are used, the rest is padding.
+
+    src_row_R: [R] int32, the flat slot t*K + k that a row comes from, -1 for padding.
+    dst_row_TK: [T, K] int32, the row a slot goes to, -1 for a dropped slot; the inverse of src_row_R.
+    offsets: [E+1] int32, expert e owns rows offsets[e] to offsets[e+1].
+
+    Example, E=2, ids [[1, 0], [0, -1], [1, 1]]: offsets [0, 2, 5], src_row_R [1, 2, 0, 4, 5, -1],
+    dst_row_TK [[2, 0], [1, -1], [3, 4]].
+    """
+
+    src_row_R: torch.Tensor
+    dst_row_TK: torch.Tensor
+    offsets: torch.Tensor
+
+
+def build_routing(topk_ids_TK: torch.Tensor, num_experts: int, capacity: int | None = None) -> Routing:
+    """Sorts the T*K slots by expert, stable in (t, k), by counting; no host sync.
+
+    topk_ids_TK: [T, K] int32 or int64; -1 drops the slot. capacity: keep at most this many slots of an expert, first choices
+    of all tokens before second ones, then in token order. Not differentiable.
+
+    Errors: ValueError for ids outside -1..E-1 on the CPU (on a GPU such a slot is dropped) and T*K of 2^31 or more.
+    Source: FastMoE's position sort (He et al., arXiv 2103.13262), capacity order of GShard (arXiv 2006.16668).
+    """
+    check.tensor("build_routing", "topk_ids_TK", topk_ids_TK, (None, None), check.INTS, legend="T, K")
+    check.positive("build_routing", num_experts=num_experts, K=topk_ids_TK.shape[1])
+    if capacity is not None and capacity < 0:
+        check.fail("build_routing", "capacity", "None or at least 0", capacity)
+    _check_rows("build_routing", topk_ids_TK.numel())
+    return Routing(*_build_routing(topk_ids_TK, num_experts, -1 if capacity is None else capacity))
+
+
+def build_routing_from_experts(token_R: torch.Tensor, offsets: torch.Tensor, num_tokens: int) -> Routing:
+    """A routing from the experts' own lists of tokens, for routers without a fixed K (expert choice, token rounding).
+
+    token_R: [R] int32 or int64, the token of each row, ascending inside an expert. offsets: [E+1] int32 or int64. A token's
+    slot k is the expert id, so K = E: dst_row_TK is [T, E] and weights for it are [T, E]; a token's rows are combined in
+    ascending expert id.
+
+    Errors: ValueError for tokens outside 0..T-1, not ascending inside an expert, or offsets that do not run from 0 to R (CPU).
+
+    Example, T=3: token_R [0, 2, 1, 2], offsets [0, 2, 4] -> src_row_R [0, 4, 3, 5], dst_row_TK [[0, -1], [-1, 2], [1, 3]].
+    """
+    check.tensor("build_routing_from_experts", "token_R", token_R, (None,), check.INTS, legend="R")
+    check.tensor("build_routing_from_experts", "offsets", offsets, (None,), check.INTS, like=token_R, legend="E+1")
+    E = offsets.shape[0] - 1
+    check.positive("build_routing_from_experts", num_experts=E)
+    if num_tokens < 0:
+        check.fail("build_routing_from_experts", "num_tokens", "at least 0", num_tokens)
+    _check_rows("build_routing_from_experts", num_tokens * E)
+    return Routing(*_build_routing_from_experts(token_R, offsets, num_tokens))
+
+
+def permute(x_TD: torch.Tensor, routing: Routing) -> torch.Tensor:
+    """Copies token rows into expert order: y_RD[r] = x_TD[src_row_R[r] // K]; padding rows are zero. Any float dtype.
+
+    Errors: ValueError or TypeError for shapes, dtypes or devices that do not fit the routing.
+    """
+    check.tensor("permute", "x_TD", x_TD, (routing.dst_row_TK.shape[0], None), legend="T, D")
+    check_routing("permute", routing, x_TD)
+    return _permute(x_TD, routing.src_row_R, routing.dst_row_TK)
+
+
+def unpermute(y_RD: torch.Tensor, routing: Routing, topk_weights_TK: torch.Tensor | None = None) -> torch.Tensor:
+    """Gathers the rows of each token back and sums them: out[t] = sum_k weight[t, k] * y_RD[dst_row_TK[t, k]], in order of k.
+
+    y_RD: [R, D]. topk_weights_TK: [T, K] in y's dtype or float32; None adds unweighted. Sums in float32. Returns [T, D] in y's
+    dtype. Differentiable in y_RD and the weights; padding rows get gradient zero.
+    """
+    check.tensor("unpermute", "y_RD", y_RD, (routing.src_row_R.shape[0], None), legend="R, D")
+    check_routing("unpermute", routing, y_RD)
+    if topk_weights_TK is not None:
+        check.tensor("unpermute", "topk_weights_TK", topk_weights_TK, tuple(routing.dst_row_TK.shape),
+                     (y_RD.dtype, torch.float32), like=y_RD, legend="T, K")  # fmt: skip
+    return _unpermute(y_RD, routing.src_row_R, routing.dst_row_TK, topk_weights_TK)
+
+
+def check_routing(op: str, routing: Routing, like: torch.Tensor) -> None:
+    for name, tensor, shape in (("src_row_R", routing.src_row_R, (None,)), ("dst_row_TK", routing.dst_row_TK, (None, None)),
+                                ("offsets", routing.offsets, (None,))):  # fmt: skip
+        check.tensor(op, f"routing.{name}", tensor, shape, (torch.int32,), like=like)
+
+
+def _check_rows(op: str, rows: int) -> None:
+    if rows >= 2**31:
+        check.fail(op, "the number of slots", "below 2**31", rows)
+
+
+def _fake_build_routing(topk_ids_TK, num_experts, capacity):
+    T, K = topk_ids_TK.shape
+    make = lambda *shape: topk_ids_TK.new_empty(shape, dtype=torch.int32)  # noqa: E731
+    return make(T * K), make(T, K), make(num_experts + 1)
+
+
+def _fake_from_experts(token_R, offsets, num_tokens):
+    R, E = token_R.shape[0], offsets.shape[0] - 1
+    make = lambda *shape: token_R.new_empty(shape, dtype=torch.int32)  # noqa: E731
+    return make(R), make(num_tokens, E), make(E + 1)
+
+
+def _setup_permute(ctx, inputs, output):
+    _, src_row_R, dst_row_TK = inputs
+    ctx.save_for_backward(src_row_R, dst_row_TK)
+
+
+def _backward_permute(ctx, dy_RD):
+    return _unpermute(dy_RD, *ctx.saved_tensors, None), None, None
+
+
+def _setup_unpermute(ctx, inputs, output):
+    y_RD, src_row_R, dst_row_TK, weights_TK = inputs
+    ctx.save_for_backward(None if weights_TK is None else y_RD, src_row_R, dst_row_TK, weights_TK)
+
+
+def _backward_unpermute(ctx, dout_TD):
+    y_RD, src_row_R, dst_row_TK, weights_TK = ctx.saved_tensors
+    if weights_TK is None:
+        return _permute(dout_TD, src_row_R, dst_row_TK), None, None, None
+    dy_RD, dweights_TK = _unpermute_backward(dout_TD, y_RD, src_row_R, dst_row_TK, weights_TK)
+    return dy_RD, None, None, dweights_TK
+
+
+def _lower_rows(args, dtype):
+    return args[0].to(dtype) if args[0].dtype != torch.float64 else args[0], *args[1:]
+
+
+def _lower_rows_and_weights(args, dtype):
+    rows, src, dst, weights = _lower_rows(args, dtype)
+    return rows, src, dst, weights if weights is None or weights.dtype == rows.dtype else weights.float()
+
+
+_build_routing = define(
+    "permutation", "build_routing(Tensor topk_ids_TK, int num_experts, int capacity) -> (Tensor, Tensor, Tensor)",
+    fake=_fake_build_routing)  # fmt: skip
+_build_routing_from_experts = define(
+    "permutation", "build_routing_from_experts(Tensor token_R, Tensor offsets, int num_tokens) -> (Tensor, Tensor, Tensor)",
+    fake=_fake_from_experts)  # fmt: skip
+_permute = define(
+    "permutation", "permute(Tensor x_TD, Tensor src_row_R, Tensor dst_row_TK) -> Tensor",
+    fake=lambda x_TD, src_row_R, dst_row_TK: x_TD.new_empty((src_row_R.shape[0], x_TD.shape[1])),
+    setup_context=_setup_permute, backward=_backward_permute, autocast=_lower_rows)  # fmt: skip
+_unpermute = define(
+    "permutation", "unpermute(Tensor y_RD, Tensor src_row_R, Tensor dst_row_TK, Tensor? weights_TK) -> Tensor",
+    fake=lambda y_RD, src_row_R, dst_row_TK, weights_TK: y_RD.new_empty((dst_row_TK.shape[0], y_RD.shape[1])),
+    setup_context=_setup_unpermute, backward=_backward_unpermute, autocast=_lower_rows_and_weights)  # fmt: skip
+_unpermute_backward = define(
+    "permutation", "unpermute_backward(Tensor dout_TD, Tensor y_RD, Tensor src_row_R, Tensor dst_row_TK, Tensor weights_TK) "
+    "-> (Tensor, Tensor)",
+    fake=lambda dout_TD, y_RD, src_row_R, dst_row_TK, weights_TK: (y_RD.new_empty(y_RD.shape), weights_TK.new_empty(weights_TK.shape)))  # fmt: skip
