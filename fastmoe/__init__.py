@@ -2,6 +2,6 @@
 
 from fastmoe import config, nn, ops, optim
 from fastmoe.ops.registry import explain
+from fastmoe.version import __version__
 
-__version__ = "0.1.0"
-__all__ = ["config", "explain", "nn", "ops", "optim", "__version__"]
+__all__ = ["__version__", "config", "explain", "nn", "ops", "optim"]

@@ -1,0 +1,31 @@
+/* The public C functions: each picks its instruction set once, by cpuid. Compiled for the baseline. */
+#include "fastmoe/permutation.h"
+
+namespace {
+template <class F>
+F pick(F baseline, F avx2, F avx512) {
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq"))
+        return avx512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return avx2;
+    return baseline;
+}
+}  // namespace
+
+#define FM_DISPATCH(name)                                               \
+    extern "C" fm_status name##_baseline(name##_args*);                 \
+    extern "C" fm_status name##_avx2(name##_args*);                     \
+    extern "C" fm_status name##_avx512(name##_args*);                   \
+    fm_status name(name##_args* a) {                                    \
+        static const auto chosen = pick(name##_baseline, name##_avx2, name##_avx512); \
+        return chosen(a);                                               \
+    }
+
+FM_DISPATCH(fm_build_routing_cpu)
+FM_DISPATCH(fm_build_routing_from_experts_cpu)
+FM_DISPATCH(fm_permute_cpu)
+FM_DISPATCH(fm_unpermute_cpu)
+FM_DISPATCH(fm_unpermute_backward_cpu)
+
+int64_t fm_build_routing_workspace(int64_t, int64_t, int64_t E) { return 16 * E; }

@@ -1,0 +1,238 @@
+#include "fastmoe/permutation.h"
+
+#include "vec.h"
+
+namespace {
+
+/* Slots are cut into this many equal chunks, whatever the thread count; a chunk counts, then writes, its own slots. */
+constexpr int64_t kChunks = 16;
+
+int64_t chunks_for(int64_t slots, int64_t E) { return slots >= 4096 && E <= slots ? kChunks : 1; }
+
+inline int64_t int_at(const void* p, int is_int64, int64_t i) {
+    return is_int64 ? static_cast<const int64_t*>(p)[i] : static_cast<const int32_t*>(p)[i];
+}
+
+/* rows[c * E + e]: how many slots of chunk c name expert e, then the row where chunk c begins to write for e. */
+template <class Id>
+fm_status sort_slots(fm_build_routing_cpu_args* a, const Id* ids) {
+    const int64_t slots = a->T * a->K, E = a->E, K = a->K, chunks = chunks_for(slots, E);
+    const int64_t tokens_per_chunk = (a->T + chunks - 1) / chunks;
+    int32_t* rows = a->workspace;
+    int64_t bad_slot[kChunks];
+    memset(rows, 0, size_t(chunks * E) * sizeof(int32_t));
+#pragma omp parallel for num_threads(a->num_threads) schedule(static, 1)
+    for (int64_t c = 0; c < chunks; ++c) {
+        int32_t* count = rows + c * E;
+        bad_slot[c] = -1;
+        int64_t begin = c * tokens_per_chunk * K, end = (c + 1) * tokens_per_chunk * K;
+        if (end > slots) end = slots;
+        for (int64_t s = begin; s < end; ++s) {
+            const int64_t e = ids[s];
+            if (e >= 0 && e < E)
+                ++count[e];
+            else if (e != -1 && bad_slot[c] < 0)
+                bad_slot[c] = s;
+        }
+    }
+    for (int64_t c = 0; c < chunks; ++c)
+        if (bad_slot[c] >= 0) {
+            a->bad = int64_t(ids[bad_slot[c]]);
+            return FM_BAD_VALUE;
+        }
+    int32_t next = 0;
+    for (int64_t e = 0; e < E; ++e) {
+        a->offsets[e] = next;
+        for (int64_t c = 0; c < chunks; ++c) {
+            const int32_t count = rows[c * E + e];
+            rows[c * E + e] = next;
+            next += count;
+        }
+    }
+    a->offsets[E] = next;
+#pragma omp parallel for num_threads(a->num_threads) schedule(static, 1)
+    for (int64_t c = 0; c < chunks; ++c) {
+        int32_t* row = rows + c * E;
+        int64_t begin = c * tokens_per_chunk * K, end = (c + 1) * tokens_per_chunk * K;
+        if (end > slots) end = slots;
+        for (int64_t s = begin; s < end; ++s) {
+            const int64_t e = ids[s];
+            const int32_t r = e >= 0 ? row[e]++ : -1;
+            a->dst_row_TK[s] = r;
+            if (r >= 0) a->src_row_R[r] = int32_t(s);
+        }
+    }
+    for (int64_t r = next; r < slots; ++r) a->src_row_R[r] = -1;
+    return FM_OK;
+}
+
+/* Keeps the first `capacity` slots of an expert in order of (k, t); a kept slot's dst_row becomes 0, a dropped one's -1. */
+template <class Id>
+fm_status sort_slots_capped(fm_build_routing_cpu_args* a, const Id* ids) {
+    const int64_t T = a->T, K = a->K, E = a->E;
+    int32_t* row = a->workspace;
+    memset(row, 0, size_t(E) * sizeof(int32_t));
+    for (int64_t k = 0; k < K; ++k)
+        for (int64_t t = 0; t < T; ++t) {
+            const int64_t e = ids[t * K + k];
+            if (e < -1 || e >= E) {
+                a->bad = e;
+                return FM_BAD_VALUE;
+            }
+            const bool kept = e >= 0 && row[e] < a->capacity;
+            a->dst_row_TK[t * K + k] = kept ? 0 : -1;
+            if (kept) ++row[e];
+        }
+    int32_t next = 0;
+    for (int64_t e = 0; e < E; ++e) {
+        const int32_t count = row[e];
+        row[e] = a->offsets[e] = next;
+        next += count;
+    }
+    a->offsets[E] = next;
+    for (int64_t s = 0; s < T * K; ++s)
+        if (a->dst_row_TK[s] == 0) {
+            const int32_t r = row[ids[s]]++;
+            a->dst_row_TK[s] = r;
+            a->src_row_R[r] = int32_t(s);
+        }
+    for (int64_t r = next; r < T * K; ++r) a->src_row_R[r] = -1;
+    return FM_OK;
+}
+
+template <class S, class Weight>
+void unpermute(const fm_unpermute_cpu_args* a) {
+    const S* y = static_cast<const S*>(a->y_RD);
+    const Weight* weights = static_cast<const Weight*>(a->weights_TK);
+    S* out = static_cast<S*>(a->out_TD);
+    const int64_t K = a->K, D = a->D;
+#pragma omp parallel for num_threads(a->num_threads) schedule(static)
+    for (int64_t t = 0; t < a->T; ++t) {
+        const int32_t* dst = a->dst_row_TK + t * K;
+        for (int64_t d = 0; d < D; d += W) {
+            const int n = D - d < W ? int(D - d) : W;
+            vf total = splat(0);
+            for (int64_t k = 0; k < K; ++k) {
+                if (dst[k] < 0) continue;
+                const S* row = y + int64_t(dst[k]) * D + d;
+                const vf v = n == W ? load(row) : load_part(row, n);
+                total += weights ? v * to_float(weights[t * K + k]) : v;
+            }
+            if (n == W)
+                store(out + t * D + d, total);
+            else
+                store_part(out + t * D + d, total, n);
+        }
+    }
+}
+
+template <class S, class Weight>
+void unpermute_backward(const fm_unpermute_backward_cpu_args* a) {
+    const S* dout = static_cast<const S*>(a->dout_TD);
+    const S* y = static_cast<const S*>(a->y_RD);
+    const Weight* weights = static_cast<const Weight*>(a->weights_TK);
+    S* dy = static_cast<S*>(a->dy_RD);
+    Weight* dweights = static_cast<Weight*>(a->dweights_TK);
+    const int64_t K = a->K, D = a->D;
+#pragma omp parallel for num_threads(a->num_threads) schedule(static)
+    for (int64_t s = 0; s < a->T * K; ++s) {
+        const int32_t r = a->dst_row_TK[s];
+        if (r < 0) {
+            from_float(dweights + s, 0);
+            continue;
+        }
+        const S *from = dout + s / K * D, *row = y + int64_t(r) * D;
+        S* to = dy + int64_t(r) * D;
+        const float w = to_float(weights[s]);
+        vf dot = splat(0);
+        int64_t d = 0;
+        for (; d + W <= D; d += W) {
+            const vf g = load(from + d);
+            dot += g * load(row + d);
+            store(to + d, g * w);
+        }
+        if (d < D) {
+            const vf g = load_part(from + d, int(D - d));
+            dot += g * load_part(row + d, int(D - d));
+            store_part(to + d, g * w, int(D - d));
+        }
+        from_float(dweights + s, sum(dot));
+    }
+#pragma omp parallel for num_threads(a->num_threads) schedule(static)
+    for (int64_t r = 0; r < a->R; ++r)
+        if (a->src_row_R[r] < 0) memset(dy + r * D, 0, size_t(D) * sizeof(S));
+}
+
+}  // namespace
+
+FM_KERNEL(fm_build_routing_cpu) {
+    if (a->capacity >= 0)
+        return a->ids_are_int64 ? sort_slots_capped(a, static_cast<const int64_t*>(a->topk_ids_TK))
+                                : sort_slots_capped(a, static_cast<const int32_t*>(a->topk_ids_TK));
+    return a->ids_are_int64 ? sort_slots(a, static_cast<const int64_t*>(a->topk_ids_TK))
+                            : sort_slots(a, static_cast<const int32_t*>(a->topk_ids_TK));
+}
+
+FM_KERNEL(fm_build_routing_from_experts_cpu) {
+    a->bad = -1;
+    int64_t previous = 0;
+    for (int64_t e = 0; e <= a->E; ++e) {
+        const int64_t offset = int_at(a->offsets_in, a->offsets_are_int64, e);
+        if (offset < previous || offset > a->R || (e == 0 && offset) || (e == a->E && offset != a->R)) return FM_BAD_VALUE;
+        a->offsets[e] = int32_t(previous = offset);
+    }
+    for (int64_t i = 0; i < a->T * a->E; ++i) a->dst_row_TE[i] = -1;
+    for (int64_t e = 0; e < a->E; ++e) {
+        int64_t last = -1;
+        for (int64_t r = a->offsets[e]; r < a->offsets[e + 1]; ++r) {
+            const int64_t t = int_at(a->token_R, a->tokens_are_int64, r);
+            if (t <= last || t >= a->T) {
+                a->bad = r;
+                return FM_BAD_VALUE;
+            }
+            last = t;
+            a->src_row_R[r] = int32_t(t * a->E + e);
+            a->dst_row_TE[t * a->E + e] = int32_t(r);
+        }
+    }
+    return FM_OK;
+}
+
+FM_KERNEL(fm_permute_cpu) {
+    const char* x = static_cast<const char*>(a->x_TD);
+    char* y = static_cast<char*>(a->y_RD);
+    const int64_t bytes = a->D * a->element_bytes;
+#pragma omp parallel for num_threads(a->num_threads) schedule(static)
+    for (int64_t r = 0; r < a->R; ++r) {
+        const int64_t s = a->src_row_R[r];
+        if (s < 0)
+            memset(y + r * bytes, 0, size_t(bytes));
+        else
+            memcpy(y + r * bytes, x + s / a->K * bytes, size_t(bytes));
+    }
+    return FM_OK;
+}
+
+FM_KERNEL(fm_unpermute_cpu) {
+    FM_WITH_DTYPE(a->dtype, S, {
+        if (a->weight_dtype == FM_F32)
+            unpermute<S, float>(a);
+        else if (a->weight_dtype == a->dtype)
+            unpermute<S, S>(a);
+        else
+            return FM_BAD_DTYPE;
+    })
+    return FM_OK;
+}
+
+FM_KERNEL(fm_unpermute_backward_cpu) {
+    FM_WITH_DTYPE(a->dtype, S, {
+        if (a->weight_dtype == FM_F32)
+            unpermute_backward<S, float>(a);
+        else if (a->weight_dtype == a->dtype)
+            unpermute_backward<S, S>(a);
+        else
+            return FM_BAD_DTYPE;
+    })
+    return FM_OK;
+}

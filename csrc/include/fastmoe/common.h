@@ -1,0 +1,23 @@
+/* Shared by every family: status codes, storage types, conventions.
+ *
+ * Conventions. Matrices are dense, row-major, in the shape the suffix of their name gives (x_TD is [T, D]). Inputs never alias
+ * outputs. Functions allocate nothing and keep no state: workspaces are arguments, sized by the function named beside them.
+ * num_threads is the size of the OpenMP team; results are bit-equal for every value of it. On an error the outputs are undefined.
+ */
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+#define FM_API extern "C" __attribute__((visibility("default")))
+#else
+#define FM_API __attribute__((visibility("default")))
+#endif
+
+typedef enum {
+    FM_OK = 0,
+    FM_BAD_VALUE = 1, /* an element is out of range; `bad` in the arguments holds it */
+    FM_BAD_DTYPE = 2, /* a storage type this function does not serve */
+} fm_status;
+
+typedef enum { FM_F32 = 0, FM_BF16 = 1, FM_F16 = 2 } fm_dtype;

@@ -1,0 +1,31 @@
+"""Builds fastmoe/_C with CMake and ninja where a compiler is at hand; without one the package installs and runs on plain torch."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext):
+        if os.environ.get("FASTMOE_NO_EXT") == "1":
+            return self.warn("FASTMOE_NO_EXT=1: the C++ extension is not built")
+        import pybind11
+
+        build, target = Path("build/cmake"), Path(self.get_ext_fullpath(ext.name))
+        configure = ["cmake", "-S", ".", "-B", build, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}",
+                     f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]  # fmt: skip
+        try:
+            subprocess.run(configure, check=True)
+            subprocess.run(["cmake", "--build", build, "--target", "_C"], check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            return self.warn(f"the C++ extension is not built ({error}); fastmoe will run on plain torch. "
+                             "Install a C++17 compiler and install again; `python -m fastmoe.collect_env` tells more.")  # fmt: skip
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.copy_file(str(next(build.glob("_C*.so"))), str(target))
+
+
+setup(ext_modules=[Extension("fastmoe._C", [], optional=True)], cmdclass={"build_ext": CMakeBuild})
