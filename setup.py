@@ -21,6 +21,7 @@ class CMakeBuild(build_ext):
         try:
             subprocess.run(configure, check=True)
             subprocess.run(["cmake", "--build", build, "--target", "_C"], check=True)
+            subprocess.run([sys.executable, "-c", "import _C"], cwd=build, check=True)
         except (OSError, subprocess.CalledProcessError) as error:
             return self.warn(f"the C++ extension is not built ({error}); fastmoe will run on plain torch. "
                              "Install a C++17 compiler and install again; `python -m fastmoe.collect_env` tells more.")  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import threading
 
 import torch  # first: the extension then shares torch's OpenMP runtime
 
@@ -16,6 +17,7 @@ except ImportError as error:
     _WHY_NOT = str(error)
 
 _HUGE = 4 << 20
+_kept = threading.local()
 _libc = ctypes.CDLL(None, use_errno=True)
 _forked = False
 
@@ -73,3 +75,11 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         length = (tensor.data_ptr() + tensor.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
         _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)
     return tensor
+
+
+def workspace(size: int) -> torch.Tensor:
+    """`size` bytes of scratch memory, 64-byte aligned, kept by this thread for its next call: use it within one op only."""
+    kept = getattr(_kept, "workspace", None)
+    if kept is None or kept.numel() < size:
+        kept = _kept.workspace = empty(size, dtype=torch.uint8)
+    return kept
