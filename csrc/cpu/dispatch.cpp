@@ -1,7 +1,8 @@
 /* The public C functions: each picks its instruction set once, by cpuid. Compiled for the baseline. */
-#include "experts.h"
 #include "fastmoe/experts.h"
+#include "fastmoe/loss.h"
 #include "fastmoe/permutation.h"
+#include "workspace.h"
 
 namespace {
 template <class F>
@@ -26,6 +27,7 @@ F pick(F baseline, F avx2, F avx512) {
 
 FM_DISPATCH(fm_moe_mlp_cpu)
 FM_DISPATCH(fm_moe_mlp_backward_cpu)
+FM_DISPATCH(fm_linear_cross_entropy_cpu)
 FM_DISPATCH(fm_build_routing_cpu)
 FM_DISPATCH(fm_build_routing_from_experts_cpu)
 FM_DISPATCH(fm_permute_cpu)
@@ -34,8 +36,11 @@ FM_DISPATCH(fm_unpermute_backward_cpu)
 
 int64_t fm_build_routing_workspace(int64_t, int64_t, int64_t E) { return 16 * E; }
 int64_t fm_moe_mlp_workspace(int64_t R, int64_t E, int64_t D, int64_t F, int num_threads) {
-    return fm_experts::Forward(nullptr, R, E, D, F, num_threads).floats * int64_t(sizeof(float));
+    return fm_workspace::Forward(nullptr, R, E, D, F, num_threads).floats * int64_t(sizeof(float));
 }
 int64_t fm_moe_mlp_backward_workspace(int64_t R, int64_t E, int64_t D, int64_t F, int num_threads) {
-    return fm_experts::Backward(nullptr, R, E, D, F, num_threads).floats * int64_t(sizeof(float));
+    return fm_workspace::Backward(nullptr, R, E, D, F, num_threads).floats * int64_t(sizeof(float));
+}
+int64_t fm_linear_cross_entropy_workspace(int64_t T, int64_t V, int num_threads) {
+    return fm_workspace::Loss(nullptr, T, V, num_threads).floats * int64_t(sizeof(float));
 }

@@ -2,15 +2,12 @@
 
 #include <omp.h>
 
-#include "experts.h"
 #include "gemm.h"
 
 namespace {
 
-using namespace fm_experts;
-static_assert(kBlockFloats <= kThreadFloats && 2 * kHalf == NC && kHalf % NR == 0, "workspace layout");
-
-inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+using namespace fm_workspace;
+static_assert(2 * kHalf == NC && kHalf % NR == 0, "two halves fill a block");
 
 /* The row blocks of all experts: block b of expert e when first_block[e] <= b < first_block[e+1]. */
 struct RowBlocks {
@@ -94,13 +91,6 @@ void combine(const Layer<S>& layer, const float* rows, const Weight* weights, S*
             n == W ? store(out + t * D + d, total) : store_part(out + t * D + d, total, n);
         }
     }
-}
-
-template <class S>
-void copy_row(const float* from, S* to, int64_t n) {
-    int64_t i = 0;
-    for (; i + W <= n; i += W) store(to + i, load(from + i));
-    if (i < n) store_part(to + i, load(from + i), int(n - i)); /* blocks of C are padded to whole vectors */
 }
 
 template <class S, class Weight>

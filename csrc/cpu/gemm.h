@@ -6,6 +6,7 @@
  */
 #pragma once
 #include "vec.h"
+#include "workspace.h"
 
 namespace {
 
@@ -15,6 +16,9 @@ static_assert(MC % MR == 0 && NC % NR == 0, "whole panels");
 
 /* Floats one thread needs: packed A (with room for one panel's overlapping store), packed B, C. */
 constexpr int64_t kBlockFloats = int64_t(MC) * KC + 16 + int64_t(KC) * NC + 16 + int64_t(MC) * NC;
+static_assert(kBlockFloats <= fm_workspace::kThreadFloats, "workspace.h sizes a thread's memory");
+
+inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
 typedef float v4 __attribute__((vector_size(16)));
 
@@ -87,7 +91,7 @@ void pack_columns(float* out, const Lines<S>& from, int64_t column0, int64_t col
 inline void micro_kernel(int64_t kc, const float* a, const float* b, float* c, int64_t ldc, bool add) {
     vf acc[MR][2];
     for (int i = 0; i < MR; ++i)
-        for (int j = 0; j < 2; ++j) acc[i][j] = add ? load(c + i * ldc + j * W) : splat(0);
+        for (int j = 0; j < 2; ++j) acc[i][j] = splat(0); /* each k block sums from zero: the error grows with K / KC */
     for (int64_t k = 0; k < kc; ++k, a += MR, b += NR) {
         const vf b0 = load(b), b1 = load(b + W);
 #pragma GCC unroll 6
@@ -98,7 +102,7 @@ inline void micro_kernel(int64_t kc, const float* a, const float* b, float* c, i
         }
     }
     for (int i = 0; i < MR; ++i)
-        for (int j = 0; j < 2; ++j) store(c + i * ldc + j * W, acc[i][j]);
+        for (int j = 0; j < 2; ++j) store(c + i * ldc + j * W, add ? load(c + i * ldc + j * W) + acc[i][j] : acc[i][j]);
 }
 
 /* One block: m <= MC rows, n <= NC columns (a multiple of NR after padding). pack_a(out, k0, k1) and pack_b fill panels for
@@ -116,10 +120,18 @@ const float* multiply(int64_t m, int64_t n, int64_t K, float* memory, PackA pack
     return c;
 }
 
-/* Calls f(m0, m1) with equal pieces of at most MC, each but the last a multiple of MR. */
+/* Rows of each piece when m rows are cut into equal pieces of at most MC, a multiple of MR. */
 inline int64_t piece(int64_t m) {
     const int64_t pieces = (m + MC - 1) / MC, each = (m + pieces - 1) / pieces;
     return (each + MR - 1) / MR * MR;
+}
+
+/* n floats of a row of C, which is padded to whole vectors, to storage. */
+template <class S>
+void copy_row(const float* from, S* to, int64_t n) {
+    int64_t i = 0;
+    for (; i + W <= n; i += W) store(to + i, load(from + i));
+    if (i < n) store_part(to + i, load(from + i), int(n - i));
 }
 
 }  // namespace

@@ -1,14 +1,12 @@
-/* How the expert layer's workspace is cut; shared by the kernels and by the functions that size it. */
+/* Cutting a workspace into pieces; shared by the kernels and by the functions that size their workspaces. */
 #pragma once
 #include <stdint.h>
 
-namespace fm_experts {
+namespace fm_workspace {
 
-constexpr int64_t kThreadFloats = 3 * 192 * 192 + 64; /* checked against gemm.h's kBlockFloats */
-constexpr int64_t kHalf = 96;                         /* columns of F in one block of the two-sided products */
+constexpr int64_t kThreadFloats = 3 * 192 * 192 + 64; /* what gemm.h's multiply() needs; checked against kBlockFloats there */
 
 inline int64_t aligned(int64_t floats) { return (floats + 15) / 16 * 16; }
-inline int64_t f_blocks(int64_t F) { return (F + kHalf - 1) / kHalf; }
 
 /* Takes pieces of a buffer in order; with a null buffer it only counts. */
 struct Cutter {
@@ -20,6 +18,10 @@ struct Cutter {
         return piece;
     }
 };
+
+/* The expert layer. */
+constexpr int64_t kHalf = 96; /* columns of F in one block of the products with two sides, gate and up */
+inline int64_t f_blocks(int64_t F) { return (F + kHalf - 1) / kHalf; }
 
 struct Forward {
     float *token, *first_block, *act, *y, *threads;
@@ -44,4 +46,20 @@ struct Backward {
     }
 };
 
-}  // namespace fm_experts
+/* The loss. Tokens go in chunks whose logits fit 64 MiB, a chunk in blocks of kRows, whatever the thread count. */
+constexpr int64_t kRows = 96;
+
+struct Loss {
+    float *dlogits, *loss_T, *threads;
+    int64_t chunk, floats;
+    Loss(void* memory, int64_t T, int64_t V, int num_threads) {
+        chunk = (int64_t(16) << 20) / V / kRows * kRows;
+        if (chunk < kRows) chunk = kRows;
+        if (chunk > T) chunk = T;
+        Cutter cut{static_cast<float*>(memory)};
+        dlogits = cut.take(chunk * V), loss_T = cut.take(T), threads = cut.take(num_threads * aligned(kThreadFloats));
+        floats = cut.used;
+    }
+};
+
+}  // namespace fm_workspace
