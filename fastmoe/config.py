@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every: int = 100  # steps; the last step is always saved
+    every: int = 100  # steps between checkpoints; 0: only at the end. The last step is always saved
     keep: int = 2
 
 
@@ -82,8 +82,8 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    dir: str = "runs/tiny"
-    resume: bool = False
+    dir: str = "runs/tiny"  # metrics, checkpoints and the report go here
+    resume: bool = False  # go on from the newest intact checkpoint in dir; with none there, start at step 0
 
 
 @dataclass(frozen=True)
@@ -96,3 +96,46 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+
+def flat(config: Config) -> dict[str, object]:
+    """Every field by its command-line name: {"model.d_model": 128, ...}."""
+    return {f"{group}.{name}": value for group, values in asdict(config).items() for name, value in values.items()}
+
+
+def from_dict(groups: dict[str, dict[str, object]]) -> Config:
+    """The inverse of dataclasses.asdict; fields that are absent take their defaults. ValueError names an unknown field."""
+    parts = {}
+    for part in fields(Config):
+        kind, given = part.default_factory, groups.get(part.name, {})
+        for name in given.keys() - {f.name for f in fields(kind)}:
+            raise ValueError(f"fastmoe.config: {part.name} has no field {name!r}; it has {sorted(f.name for f in fields(kind))}")
+        parts[part.name] = kind(**given)
+    for name in groups.keys() - parts.keys():
+        raise ValueError(f"fastmoe.config: there is no group {name!r}; there are {sorted(parts)}")
+    return Config(**parts)
+
+
+def check(config: Config) -> None:
+    """ValueError where a value outside the model is out of range (the model checks its own sizes)."""
+    train, optim, eval_, checkpoint = config.train, config.optim, config.eval, config.checkpoint
+    rules = [
+        ("train.steps", train.steps, "at least 1", train.steps >= 1),
+        ("train.batch-size", train.batch_size, "at least 1", train.batch_size >= 1),
+        ("train.grad-accumulation", train.grad_accumulation, f"a divisor of --train.batch-size = {train.batch_size}",
+         train.grad_accumulation >= 1 and train.batch_size % train.grad_accumulation == 0),
+        ("train.seq-len", train.seq_len, f"in 1..{config.model.max_seq_len} (--model.max-seq-len)",
+         1 <= train.seq_len <= config.model.max_seq_len),
+        ("train.dtype", train.dtype, "fp32 or bf16", train.dtype in ("fp32", "bf16")),
+        ("optim.lr", optim.lr, "positive", optim.lr > 0),
+        ("optim.clip-norm", optim.clip_norm, "0 (off) or positive", optim.clip_norm >= 0),
+        ("optim.warmup-steps", optim.warmup_steps, "at least 0", optim.warmup_steps >= 0),
+        ("eval.every", eval_.every, "at least 0", eval_.every >= 0),
+        ("eval.tokens", eval_.tokens, "at least 1", eval_.tokens >= 1),
+        ("checkpoint.every", checkpoint.every, "at least 0", checkpoint.every >= 0),
+        ("checkpoint.keep", checkpoint.keep, "at least 1", checkpoint.keep >= 1),
+        ("log.every", config.log.every, "at least 1", config.log.every >= 1),
+    ]  # fmt: skip
+    for name, value, wanted, good in rules:
+        if not good:
+            raise ValueError(f"fastmoe.train: --{name} must be {wanted}, got {value}")

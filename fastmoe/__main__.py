@@ -1,0 +1,5 @@
+import sys
+
+from fastmoe.cli import main
+
+sys.exit(main())

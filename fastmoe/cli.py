@@ -1,0 +1,139 @@
+"""The `fastmoe` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+_STATUS = """exit status: 0 done; 2 an error in what was given, named on stderr; 130 after Ctrl-C and 143 after SIGTERM
+(the step at hand is finished and a checkpoint saved; go on with --resume); 1 anything else"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command line and returns its exit status. What a user can cause ends in one line on stderr, without a traceback."""
+    args, rest = _parser().parse_known_args(argv)
+    if rest and args.run is not _train:
+        _parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        return args.run(args, rest) or 0
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        message = str(error)
+        if type(error).__name__ == "OutOfMemoryError":
+            message = f"fastmoe: out of memory: {message.splitlines()[0]} Try a larger --train.grad-accumulation"
+        elif isinstance(error, OSError):
+            message = f"fastmoe: {message}"
+        elif not message.startswith("fastmoe"):
+            raise
+        print(message, file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("fastmoe", description="Train and use Mixture-of-Experts models.", epilog=_STATUS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, run, summary: str, into=commands, **options) -> argparse.ArgumentParser:
+        command = into.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".",
+                                  formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)  # fmt: skip
+        command.set_defaults(run=run)
+        return command
+
+    usage = "fastmoe train RECIPE [--resume] [--GROUP.FIELD VALUE ...]"
+    train = add("train", _train, "train a model", add_help=False, usage=usage, epilog=(
+        "The recipe gives every setting its value, options override them: fastmoe train tiny --optim.lr 1e-3 --run.dir runs/a\n"
+        "`fastmoe train tiny --help` lists all. --resume (or --run.resume) goes on from the newest intact checkpoint in run.dir.\n\n"
+        + _STATUS))  # fmt: skip
+    train.add_argument("recipe", nargs="?", metavar="RECIPE", help="tiny: 3.5 M parameters, minutes on two CPU cores")
+    train.set_defaults(parser=train)
+
+    generate = add("generate", _generate, "continue a prompt with a trained model")
+    generate.add_argument("--run.dir", dest="run_dir", default="runs/tiny", metavar="DIR", help="of `fastmoe train` (default: runs/tiny)")
+    generate.add_argument("--prompt", default="", help="text to go on from (default: the start of a document)")
+    generate.add_argument("--tokens", type=int, default=200, help="how many to add (default: 200)")
+    generate.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest (default: 0.8)")
+    generate.add_argument("--seed", type=int, default=0)
+
+    data = commands.add_parser("data", help="prepare text for training").add_subparsers(required=True, metavar="COMMAND")
+    prepare = add("prepare", _prepare, "write text, JSONL and parquet files as token shards for --data.path", data)
+    prepare.add_argument("--input", nargs="+", required=True, metavar="PATH", help='files or folders; JSONL and parquet rows have a "text"')
+    prepare.add_argument("--tokenizer", default="byte", metavar="byte|FILE", help="FILE: a Hugging Face tokenizer.json (default: byte)")
+    prepare.add_argument("--out", required=True, metavar="DIR", help="a new folder")
+
+    report = add("report", _report, "write a run's report, one HTML page that needs no network")
+    report.add_argument("run_dir", metavar="DIR")
+
+    checkpoint = commands.add_parser("checkpoint", help="look after checkpoints").add_subparsers(required=True, metavar="COMMAND")
+    verify = add("verify", _verify, "check every file of checkpoints against its SHA-256; status 1 where one is damaged", checkpoint)
+    verify.add_argument("path", metavar="DIR", help="a run, its checkpoints folder or one checkpoint")
+
+    add("explain", _explain, "show which backend each op takes on this machine, and why")
+    return parser
+
+
+def _train(args: argparse.Namespace, rest: list[str]) -> int:
+    if args.recipe is None:
+        if rest and rest[0] not in ("-h", "--help"):
+            args.parser.error("the recipe comes first: fastmoe train tiny ...")
+        args.parser.print_help()
+        return 0 if rest else 2
+    from fastmoe.trainer.recipes import recipe
+
+    default = recipe(args.recipe)
+    import tyro
+
+    from fastmoe.trainer.train import train
+
+    rest = ["--run.resume" if word == "--resume" else word for word in rest]
+    config = tyro.cli(type(default), default=default, args=rest, prog=f"fastmoe train {args.recipe}", description=_STATUS)
+    result = train(config)
+    return 128 + result.signal if result.signal else 0
+
+
+def _generate(args: argparse.Namespace, rest: list[str]) -> None:
+    from fastmoe.trainer.generate import generate, load_run
+
+    model, tokenizer = load_run(args.run_dir)
+    prompt = [int(i) for i in tokenizer.encode(args.prompt)]
+    start = prompt or tokenizer.separator
+    ids = generate(model, start, args.tokens, args.temperature, args.seed)
+    print(tokenizer.decode(ids[0 if prompt else len(start) :]))
+
+
+def _prepare(args: argparse.Namespace, rest: list[str]) -> None:
+    from fastmoe.trainer.data import prepare
+
+    meta = prepare(args.input, args.tokenizer, args.out)
+    counts = {split: sum(shard["tokens"] for shard in shards) for split, shards in meta["splits"].items()}
+    print(f"{args.out}: {counts['train']:,} training and {counts['heldout']:,} held-out tokens, vocabulary {meta['vocab_size']}")
+    print(f"train on it with: fastmoe train tiny --data.path {args.out} --model.vocab-size {meta['vocab_size']}")
+
+
+def _report(args: argparse.Namespace, rest: list[str]) -> None:
+    from fastmoe.trainer.report import report
+
+    print(report(args.run_dir))
+
+
+def _verify(args: argparse.Namespace, rest: list[str]) -> int:
+    from fastmoe.trainer import checkpoint
+
+    root = Path(args.path)
+    found = [root] if (root / "manifest.json").exists() else checkpoint.steps(root) or checkpoint.steps(root / "checkpoints")
+    if not found:
+        raise ValueError(f"fastmoe.checkpoint: DIR must be a run, its checkpoints folder or a checkpoint, got {args.path!r}")
+    damaged = 0
+    for path in found:
+        problems = checkpoint.verify(path)
+        damaged += bool(problems)
+        print(f"{path}: {'damaged: ' + '; '.join(problems) if problems else 'intact'}")
+    return 1 if damaged else 0
+
+
+def _explain(args: argparse.Namespace, rest: list[str]) -> None:
+    import fastmoe
+
+    print(fastmoe.explain())

@@ -1,0 +1,1 @@
+"""The trainer: data, the loop, metrics, checkpoints, recipes, the report."""

@@ -1,0 +1,190 @@
+"""What a run shows and keeps: metrics.jsonl, printed lines or a progress bar, TensorBoard; the machine and its measured peak."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import shutil
+import sys
+import time
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from fastmoe.config import LogConfig
+
+MAX_COUNTS = 64  # experts a layer up to which metrics.jsonl keeps every count; above, 17 quantiles
+_GIB = 1 << 30
+
+
+@cache
+def measured_peak(device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of the best square torch.mm (1024 on a CPU, 8192 on a GPU) within about 0.3 s."""
+    n = 8192 if device == "cuda" else 1024
+    a, b = (torch.ones(n, n, dtype=dtype, device=device) for _ in range(2))
+    best, end = float("inf"), time.perf_counter() + 0.3
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        torch.mm(a, b)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+def memory_gib(device: torch.device) -> tuple[float, float]:
+    """Peak memory of this process (reserved GPU memory, or resident set) and what the machine has, in GiB."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        return torch.cuda.max_memory_reserved(device) / _GIB, total / _GIB
+    unit = 1 if sys.platform == "darwin" else 1024
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / _GIB, total / _GIB
+
+
+def machine(device: torch.device) -> str:
+    """One line: processor or GPU, threads, Python and torch."""
+    name = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        try:
+            lines = Path("/proc/cpuinfo").read_text().splitlines()
+            name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        except (OSError, StopIteration):
+            pass
+        name = f"{name}, {torch.get_num_threads()} threads"
+    return f"{name}; Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def describe_load(load_LE: torch.Tensor, dropped_L: torch.Tensor) -> dict:
+    """Metrics of one step's routing: `load` (counts by layer and expert, or `load_quantiles` past MAX_COUNTS experts),
+    `load_max_over_mean` (the largest of the layers) and `drop_rate` (dropped slots over all slots).
+
+    load_LE: [L, E] and dropped_L: [L], integer-valued float64 on the CPU.
+    """
+    if not len(load_LE):
+        return {"load": [], "load_max_over_mean": 1.0, "drop_rate": 0.0}
+    total_L = load_LE.sum(1)
+    if load_LE.shape[1] <= MAX_COUNTS:
+        counts = {"load": load_LE.long().tolist()}
+    else:
+        points = torch.linspace(0, 1, 17, dtype=load_LE.dtype)
+        counts = {"load_quantiles": torch.quantile(load_LE, points, dim=1).T.tolist()}
+    peak = (load_LE.amax(1) * load_LE.shape[1] / total_L.clamp(min=1)).max().item()
+    return {**counts, "load_max_over_mean": peak, "drop_rate": (dropped_L.sum() / total_L.sum().clamp(min=1)).item()}
+
+
+def read(path: str | Path, last_step: int | None = None) -> list[dict]:
+    """The records of a metrics.jsonl up to last_step; stops at a line that a killed run left half written."""
+    records = []
+    for line in Path(path).read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break
+        if last_step is None or record["step"] <= last_step:
+            records.append(record)
+    return records
+
+
+class Metrics:
+    """Writes every record to `<run_dir>/metrics.jsonl` and shows them as they come.
+
+    On a terminal: one progress bar. Elsewhere: a line at the first step, every log.every steps and the last.
+    Lines past restored_step are cut off the file first.
+    """
+
+    def __init__(self, run_dir: Path, config: LogConfig, steps: int, restored_step: int, memory_total_gib: float):
+        self.path, self.config, self.steps, self.memory_total = run_dir / "metrics.jsonl", config, steps, memory_total_gib
+        self.bar = sys.stdout.isatty()
+        self.window: list[dict] = []
+        self._rewrite(read(self.path, restored_step) if restored_step and self.path.exists() else [])
+        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+        self.board = _tensorboard(run_dir, restored_step) if config.tensorboard else None
+
+    def record(self, record: dict) -> None:
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        self.window.append(record)
+        step = record["step"]
+        if self.board:
+            self._board(record)
+        shown = step % self.config.every == 0 or step == self.steps or len(self.window) == step == 1
+        if self.bar:
+            print(f"\r\033[K{self._bar(record)}", end="", flush=True)
+        elif shown:
+            print(self._line(record), flush=True)
+        if shown:
+            self.window.clear()
+
+    def note(self, text: str) -> None:
+        """Prints a line of its own."""
+        print(f"\r\033[K{text}" if self.bar else text, flush=True)
+
+    def amend(self, step: int, **values) -> None:
+        """Sets values in the record of a step that is already written; the file is replaced in one rename."""
+        self.file.close()
+        self._rewrite([{**record, **values} if record["step"] == step else record for record in read(self.path)])
+        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+
+    def sync(self) -> None:
+        """Makes what is written survive a power cut."""
+        os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        if self.bar and self.window:
+            print(flush=True)
+        self.file.close()
+        if self.board:
+            self.board.close()
+
+    def _rewrite(self, records: list[dict]) -> None:
+        temporary = self.path.with_suffix(".tmp")
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.path)
+
+    def _speed(self) -> dict:
+        """Throughput over the records since the last printed line."""
+        seconds = sum(record["perf"]["step_seconds"] for record in self.window)
+        rate = len(self.window) / seconds
+        return {key: self.window[-1]["perf"][key] * self.window[-1]["perf"]["step_seconds"] * rate
+                for key in ("tokens_per_second", "tflops", "mfu")}  # fmt: skip
+
+    def _line(self, record: dict) -> str:
+        speed, memory = self._speed(), record["perf"]["memory_gib"]
+        text = (f"step: {record['step']:2}  loss: {record['loss']:8.5f}  grad_norm: {record['grad_norm']:7.4f}  "
+                f"memory: {memory:5.2f}GiB({100 * memory / self.memory_total:.2f}%)  "
+                f"tps: {round(speed['tokens_per_second']):,}  tflops: {speed['tflops']:,.2f}  mfu: {100 * speed['mfu']:.2f}%  "
+                f"lr: {record['lr']:.2e}  load: {record['load_max_over_mean']:.2f}  drop: {100 * record['drop_rate']:.2f}%")  # fmt: skip
+        return text + (f"  heldout: {record['heldout']:.4f}" if "heldout" in record else "")
+
+    def _bar(self, record: dict) -> str:
+        seconds = [r["perf"]["step_seconds"] for r in self.window]
+        left = round((self.steps - record["step"]) * sum(seconds) / len(seconds))
+        done = record["step"] / self.steps
+        text = (f" {record['step']}/{self.steps}  loss {record['loss']:.4f}  lr {record['lr']:.1e}  norm {record['grad_norm']:.2f}"
+                f"  {round(self._speed()['tokens_per_second']):,} tok/s  mfu {100 * record['perf']['mfu']:.0f}%"
+                f"  {record['perf']['memory_gib']:.1f}GiB  load {record['load_max_over_mean']:.2f}"
+                f"  drop {100 * record['drop_rate']:.1f}%  {left // 60}:{left % 60:02}")  # fmt: skip
+        width = max(0, min(20, shutil.get_terminal_size().columns - len(text) - 1))
+        return ("█" * round(done * width)).ljust(width, "░") + text[: shutil.get_terminal_size().columns - 1]
+
+    def _board(self, record: dict) -> None:
+        for key, value in {**record, **{f"perf/{k}": v for k, v in record["perf"].items()}}.items():
+            if isinstance(value, int | float) and key != "step":
+                self.board.add_scalar(key, value, record["step"])
+
+
+def _tensorboard(run_dir: Path, restored_step: int):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("fastmoe.metrics: --log.tensorboard needs the tensorboard package: pip install tensorboard") from None
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=restored_step + 1)

@@ -1,0 +1,344 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import math
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from fastmoe import config as configs
+from fastmoe.config import Config
+from fastmoe.nn import Transformer
+from fastmoe.optim import AdamW
+from fastmoe.optim.clip import grad_norm
+from fastmoe.optim.schedule import cosine
+from fastmoe.trainer import checkpoint, data, metrics
+from fastmoe.trainer.generate import generate
+from fastmoe.trainer.report import report
+
+# Model settings that a resumed run may change; all others define the function that the weights belong to.
+_FREE = {"model.aux_loss_weight", "model.z_loss_weight", "model.capacity_factor", "model.max_seq_len", "model.init_std"}
+_SAMPLE_TOKENS = 200
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended. After a signal only the first four are set."""
+
+    step: int
+    seconds: float  # of training, over all resumes, evaluations while training included
+    checkpoint: Path | None  # the newest; None when a signal came before the first step
+    signal: int | None = None  # that ended the run
+    heldout: float | None = None  # bits per token (per byte for byte tokens) on the full held-out split
+    order2: float | None = None  # the same of the order-2 model; None unless tokens are bytes
+    sample: str = ""
+    report: Path | None = None
+
+
+def train(config: Config) -> Result:
+    """Trains as configured; writes metrics.jsonl, checkpoints, summary.json and report.html into config.run.dir.
+
+    SIGTERM and SIGINT end the run after the step at hand with a checkpoint (a second SIGINT at once, without).
+    Raises ValueError for settings or data that cannot serve, FloatingPointError for a loss, router logit or gradient that is not
+    finite (before it reaches the weights), CheckpointError where a checkpoint cannot be written or none can be read.
+    """
+    configs.check(config)
+    device = _device(config.train.device)
+    run_dir = Path(config.run.dir)
+    with _Signals() as signals, _run_dir(run_dir):
+        folder = Path(config.data.path) if config.data.path else data.default_corpus()
+        batches, heldout = (data.Batches(folder, split, config.train.seq_len, config.train.seed, config.model.vocab_size)
+                            for split in data.SPLITS)  # fmt: skip
+        return _Run(config, device, run_dir, batches, heldout, signals).train()
+
+
+class _Run:
+    def __init__(self, config: Config, device: torch.device, run_dir: Path, batches: data.Batches, heldout: data.Batches,
+                 signals: _Signals):  # fmt: skip
+        self.config, self.device, self.run_dir, self.signals = config, device, run_dir, signals
+        self.batches, self.heldout = batches, heldout
+        self.byte_tokens = batches.meta["tokenizer"] == "byte"
+        self.data_digest = hashlib.sha256(json.dumps(batches.meta["splits"], sort_keys=True).encode()).hexdigest()
+        self.checkpoints = run_dir / "checkpoints"
+        torch.manual_seed(config.train.seed)
+        self.model = Transformer(config.model).to(device)
+        self.model.checkpointed = config.train.activation_checkpointing
+        self.forward = torch.compile(self.model) if config.train.compile else self.model
+        self.parameters = list(self.model.parameters())
+        optim = config.optim
+        decayed, kept = ([p for p in self.parameters if (p.ndim >= 2) == matrix] for matrix in (True, False))
+        groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+        self.optimizer = AdamW(groups, optim.lr, (optim.beta1, optim.beta2), optim.eps)
+        self.step, self.position, self.seconds, self.saved = 0, 0, 0.0, None
+        self._resume()
+        self._describe()
+        dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
+        self.peak = metrics.measured_peak(device.type, dtype)
+        self.flops_per_token = self.model.flops_per_token(config.train.seq_len)
+        self.metrics = metrics.Metrics(run_dir, config.log, config.train.steps, self.step, metrics.memory_gib(device)[1])
+
+    def train(self) -> Result:
+        config = self.config
+        try:
+            first, start, before = self.step, time.perf_counter(), self.seconds
+            while self.step < config.train.steps and not self.signals.received:
+                record = self._train_step()
+                last = self.step == config.train.steps
+                if config.eval.every and self.step % config.eval.every == 0 and not last:
+                    record["heldout"] = self._evaluate(config.eval.tokens)
+                self.metrics.record(record)
+                self.seconds = before + time.perf_counter() - start
+                if last or (config.checkpoint.every and self.step % config.checkpoint.every == 0):
+                    self._save()
+            if self.signals.received:
+                return self._stopped()
+            seconds = time.perf_counter() - start
+            if self.step > first:
+                tokens = (self.step - first) * config.train.batch_size * config.train.seq_len
+                self.metrics.note(f"trained {self.step - first} steps in {seconds:.0f} s ({tokens:,} tokens, {tokens / seconds:,.0f}/s)")
+            return self._finish()
+        finally:
+            self.metrics.close()
+
+    def _train_step(self) -> dict:
+        """One optimizer step; returns its record. The host waits for the device once, before the weights change."""
+        start = time.perf_counter()
+        train, optim = self.config.train, self.config.optim
+        lr = cosine(self.step + 1, optim, train.steps)
+        micro = train.batch_size // train.grad_accumulation
+        self.optimizer.zero_grad()
+        sums = None
+        for i in range(train.grad_accumulation):
+            ids_BS, targets_BS = self._to_device(self.batches.at(self.position + i * micro, micro))
+            with self._naming_the_step(ids_BS), self._autocast():
+                out = self.forward(ids_BS, targets_BS)
+            ((out.loss + out.aux_loss) / train.grad_accumulation).backward()
+            parts = (torch.stack([out.loss.detach(), out.aux_loss.detach()]), out.nan_tokens_L, out.dropped_L, out.load_LE.flatten())
+            row = torch.cat([part.double() for part in parts])
+            sums = row if sums is None else sums + row
+        sums = torch.cat([grad_norm(self.parameters).double().view(1), sums]).cpu()
+        layers, experts = out.load_LE.shape
+        norm, loss, aux_loss = sums[0].item(), *(sums[1:3] / train.grad_accumulation).tolist()
+        nan_L, dropped_L, load = sums[3:].split([layers, layers, layers * experts])
+        self._check_finite(loss, aux_loss, norm, nan_L)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step(grad_scale=min(1.0, optim.clip_norm / norm) if optim.clip_norm and norm else 1.0)
+        self.step += 1
+        self.position += train.batch_size
+        seconds = time.perf_counter() - start
+        rate = train.batch_size * train.seq_len / seconds
+        return {
+            "step": self.step, "loss": loss, "aux_loss": aux_loss, "lr": lr, "grad_norm": norm,
+            "tokens": self.position * train.seq_len, **metrics.describe_load(load.view(layers, experts), dropped_L),
+            "perf": {"tokens_per_second": rate, "step_seconds": seconds, "tflops": rate * self.flops_per_token / 1e12,
+                     "mfu": rate * self.flops_per_token / self.peak, "memory_gib": metrics.memory_gib(self.device)[0]},
+        }  # fmt: skip
+
+    def _check_finite(self, loss: float, aux_loss: float, norm: float, nan_L: torch.Tensor) -> None:
+        if nan_L.any():
+            layer = self.config.model.num_dense_layers + int(nan_L.nonzero()[0])
+            raise self._not_finite(f"the router of layer {layer} got NaN logits for {int(nan_L.sum())} tokens")
+        if not (math.isfinite(loss) and math.isfinite(aux_loss)):
+            raise self._not_finite(f"loss = {loss}, aux_loss = {aux_loss}{self._bad('weight')}")
+        if not math.isfinite(norm):
+            raise self._not_finite(f"grad_norm = {norm}{self._bad('gradient')}")
+
+    def _bad(self, kind: str) -> str:
+        tensors = ((name, p if kind == "weight" else p.grad) for name, p in self.model.named_parameters())
+        name = next((name for name, tensor in tensors if tensor is not None and not tensor.isfinite().all()), None)
+        return f" (first {kind} that is not finite: {name})" if name else ""
+
+    def _not_finite(self, what: str) -> FloatingPointError:
+        kept = f"the last checkpoint is {self.saved}" if self.saved else "there is no checkpoint yet"
+        return FloatingPointError(f"fastmoe.train: step {self.step + 1}: {what}; the weights of step {self.step} are as they were, {kept}")
+
+    @contextmanager
+    def _naming_the_step(self, ids_BS: torch.Tensor) -> Iterator[None]:
+        """On a CPU the gating op refuses NaN logits: says at which step and layer."""
+        try:
+            yield
+        except ValueError as error:
+            if "topk_gate" not in str(error):
+                raise
+            entered = []
+            hooks = [layer.register_forward_pre_hook(lambda *_, i=i: entered.append(i)) for i, layer in enumerate(self.model.layers)]
+            try:
+                with torch.no_grad(), self._autocast():
+                    self.model(ids_BS, ids_BS)
+            except ValueError:
+                pass
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            raise self._not_finite(f"in layer {entered[-1]}: {error}{self._bad('weight')}") from error
+
+    @torch.no_grad()
+    def _evaluate(self, max_tokens: int | None = None, stop: Callable[[], bool] = lambda: False) -> float:
+        """Mean bits per held-out token; NaN when stop() became true on the way."""
+        self.model.eval()
+        nats, tokens = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        micro = self.config.train.batch_size // self.config.train.grad_accumulation
+        for batch in self.heldout.sweep(micro, max_tokens):
+            if stop():
+                return math.nan
+            count = int((batch[1] != -100).sum())
+            ids_BS, targets_BS = self._to_device(batch)
+            with self._autocast():
+                nats += self.model(ids_BS, targets_BS).loss.double() * count
+            tokens += count
+        self.model.train()
+        return nats.item() / tokens / math.log(2)
+
+    def _finish(self) -> Result:
+        note = self.metrics.note
+        note(f"evaluating on all {sum(map(len, self.heldout.shards)):,} held-out tokens")
+        heldout = self._evaluate(stop=lambda: self.signals.received is not None)
+        if self.signals.received:
+            return self._stopped()
+        self.metrics.amend(self.step, heldout=heldout)
+        order2 = data.order2_bits(self.batches.folder)
+        tokenizer = data.load_tokenizer(self.batches.meta["tokenizer"], self.batches.folder)
+        prompt = list(tokenizer.encode("def ")) if self.byte_tokens else tokenizer.separator
+        room = max(0, min(_SAMPLE_TOKENS, self.config.model.max_seq_len - len(prompt)))
+        sample = tokenizer.decode(generate(self.model, prompt[: self.config.model.max_seq_len], room, seed=self.config.train.seed))
+        summary = {"step": self.step, "seconds": self.seconds, "heldout": heldout, "order2": order2, "sample": sample}
+        _write_json(self.run_dir / "summary.json", summary)
+        page = report(self.run_dir)
+        note(f"held-out {heldout:.3f} bits/{'byte' if self.byte_tokens else 'token'}"
+             + (f"; order-2 model {order2:.3f} bits/byte" if order2 is not None else ""))  # fmt: skip
+        note("sample:\n" + "\n".join(f"  | {line}" for line in sample.splitlines()))
+        note(f"checkpoint: {self.saved}")
+        note(f"report: {page}")
+        return Result(self.step, self.seconds, self.saved, None, heldout, order2, sample, page)
+
+    def _stopped(self) -> Result:
+        if self.step and (self.saved is None or checkpoint.step_of(self.saved) < self.step):
+            self._save()
+        name = signal.Signals(self.signals.received).name
+        kept = f"checkpoint: {self.saved}; go on with --resume" if self.saved else "no step was done, nothing to save"
+        self.metrics.note(f"stopped by {name} after step {self.step}; {kept}")
+        return Result(self.step, self.seconds, self.saved, self.signals.received)
+
+    def _save(self) -> None:
+        self.metrics.sync()
+        state = {"position": self.position, "seconds": self.seconds, "config": asdict(self.config),
+                 "tokenizer": self.batches.meta["tokenizer"], "data": self.data_digest}  # fmt: skip
+        self.saved = checkpoint.save(self.checkpoints, self.step, self.model, self.optimizer, state, self.config.checkpoint.keep)
+
+    def _resume(self) -> None:
+        config = self.config
+        checkpoint.clean(self.checkpoints)
+        if not config.run.resume:
+            if checkpoint.steps(self.checkpoints):
+                raise ValueError(f"fastmoe.train: {self.checkpoints} holds checkpoints of an earlier run; go on with it (--resume) or "
+                                 f"start in another folder (--run.dir)")  # fmt: skip
+            return
+        path = checkpoint.newest_intact(self.checkpoints)
+        if path is None:
+            print(f"no checkpoint in {self.checkpoints}: starting at step 0", flush=True)
+            return
+        state = checkpoint.read_state(path)
+        given, was = configs.flat(config), configs.flat(configs.from_dict(state["config"]))
+        for name, value in given.items():
+            if name.startswith("model.") and name not in _FREE and value != was[name]:
+                raise ValueError(f"fastmoe.train: --{name.replace('_', '-')} must be {was[name]} as in {path}, got {value}")
+        if config.train.steps < state["step"]:
+            raise ValueError(f"fastmoe.train: --train.steps must be at least {state['step']}, the step of {path}, got {config.train.steps}")
+        checkpoint.set_aside(self.checkpoints, state["step"])
+        checkpoint.load_training(path, self.model, self.optimizer)
+        self.step, self.position, self.seconds, self.saved = state["step"], state["position"], state["seconds"], path
+        print(f"resuming after step {self.step} from {path}", flush=True)
+        for name, value in given.items():
+            if value != was[name] and not name.startswith("run."):
+                print(f"note: --{name.replace('_', '-')} is {value}, was {was[name]}", flush=True)
+        if state["data"] != self.data_digest:
+            print("note: the data are not those of the checkpoint; position counts on in the new ones", flush=True)
+
+    def _describe(self) -> None:
+        """Prints what is about to run and keeps it in run.json for the report."""
+        experts = [p.numel() for name, p in self.model.named_parameters() if ".experts." in name]
+        total, model = self.model.num_parameters(), self.config.model
+        active = total - round(sum(experts) * (1 - model.top_k / model.num_experts))
+        about = {"config": asdict(self.config), "machine": metrics.machine(self.device), "parameters": total,
+                 "active_parameters": active, "unit": "byte" if self.byte_tokens else "token", "data": str(self.batches.folder),
+                 "train_tokens": sum(map(len, self.batches.shards))}  # fmt: skip
+        _write_json(self.run_dir / "run.json", about)
+        if not self.byte_tokens:
+            shutil.copyfile(self.batches.folder / "tokenizer.json", self.run_dir / "tokenizer.json")
+        print(f"{about['machine']}\n{total:,} parameters, {active:,} active a token; data {about['data']} "
+              f"({about['train_tokens']:,} tokens); run {self.run_dir}", flush=True)  # fmt: skip
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.dtype == "bf16")
+
+    def _to_device(self, tensors: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        return tuple(tensor.to(self.device) for tensor in tensors)
+
+
+class _Signals:
+    """Notes SIGTERM and SIGINT instead of dying at once; a second SIGINT interrupts. Does nothing outside the main thread."""
+
+    def __init__(self):
+        self.received: int | None = None
+
+    def __enter__(self) -> _Signals:
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+        print(f"\n{signal.Signals(number).name}: finishing this step, then saving a checkpoint", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _run_dir(path: Path) -> Iterator[None]:
+    """Makes the folder and holds its lock: one run at a time. The kernel lets go of the lock however the process ends."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = open(path / ".lock", "a")  # noqa: SIM115
+    except OSError as error:
+        raise ValueError(f"fastmoe.train: --run.dir must be a folder to write to, got {str(path)!r}: {error.strerror}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"fastmoe.train: another process is training in {path}; wait for it or choose another --run.dir") from None
+        yield
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"fastmoe.train: --train.device must be auto or a device of this machine, got {name!r}: {error}") from None
+    return device
+
+
+def _write_json(path: Path, content: dict) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1))
+    temporary.replace(path)
