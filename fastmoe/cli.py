@@ -9,14 +9,23 @@ from pathlib import Path
 _STATUS = """exit status: 0 done; 2 an error in what was given, named on stderr; 130 after Ctrl-C and 143 after SIGTERM
 (the step at hand is finished and a checkpoint saved; go on with --resume); 1 anything else"""
 
+_TRAIN_HELP = """usage: fastmoe train RECIPE [--resume] [--GROUP.FIELD VALUE ...]
+
+The recipe gives every setting a value, options override them: fastmoe train tiny --optim.lr 1e-3 --run.dir runs/a
+`fastmoe train tiny --help` lists all. --resume (or --run.resume) goes on from the newest intact checkpoint in run.dir.
+
+recipes:
+"""
+
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command line and returns its exit status. What a user can cause ends in one line on stderr, without a traceback."""
-    args, rest = _parser().parse_known_args(argv)
-    if rest and args.run is not _train:
-        _parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    """Runs one command line and returns its exit status. What a user can cause ends in one line on stderr, no traceback."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        return args.run(args, rest) or 0
+        if argv[:1] == ["train"]:
+            return _train(argv[1:])
+        args = _parser().parse_args(argv)
+        return args.run(args) or 0
     except KeyboardInterrupt:
         return 130
     except Exception as error:
@@ -42,13 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         return command
 
-    usage = "fastmoe train RECIPE [--resume] [--GROUP.FIELD VALUE ...]"
-    train = add("train", _train, "train a model", add_help=False, usage=usage, epilog=(
-        "The recipe gives every setting its value, options override them: fastmoe train tiny --optim.lr 1e-3 --run.dir runs/a\n"
-        "`fastmoe train tiny --help` lists all. --resume (or --run.resume) goes on from the newest intact checkpoint in run.dir.\n\n"
-        + _STATUS))  # fmt: skip
-    train.add_argument("recipe", nargs="?", metavar="RECIPE", help="tiny: 3.5 M parameters, minutes on two CPU cores")
-    train.set_defaults(parser=train)
+    commands.add_parser("train", help="train a model: fastmoe train RECIPE [--resume] [--GROUP.FIELD VALUE ...]")
 
     generate = add("generate", _generate, "continue a prompt with a trained model")
     generate.add_argument("--run.dir", dest="run_dir", default="runs/tiny", metavar="DIR", help="of `fastmoe train` (default: runs/tiny)")
@@ -74,26 +77,25 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _train(args: argparse.Namespace, rest: list[str]) -> int:
-    if args.recipe is None:
-        if rest and rest[0] not in ("-h", "--help"):
-            args.parser.error("the recipe comes first: fastmoe train tiny ...")
-        args.parser.print_help()
-        return 0 if rest else 2
-    from fastmoe.trainer.recipes import recipe
+def _train(words: list[str]) -> int:
+    from fastmoe.trainer.recipes import RECIPES, recipe
 
-    default = recipe(args.recipe)
+    if not words or words[0].startswith("-"):
+        print(_TRAIN_HELP + "".join(f"  {name}: {make.__doc__}\n" for name, make in RECIPES.items()) + "\n" + _STATUS,
+              file=sys.stdout if words[:1] in (["-h"], ["--help"]) else sys.stderr)  # fmt: skip
+        return 0 if words[:1] in (["-h"], ["--help"]) else 2
+    default = recipe(words[0])
     import tyro
 
     from fastmoe.trainer.train import train
 
-    rest = ["--run.resume" if word == "--resume" else word for word in rest]
-    config = tyro.cli(type(default), default=default, args=rest, prog=f"fastmoe train {args.recipe}", description=_STATUS)
+    options = ["--run.resume" if word == "--resume" else word for word in words[1:]]
+    config = tyro.cli(type(default), default=default, args=options, prog=f"fastmoe train {words[0]}", description=_STATUS)
     result = train(config)
     return 128 + result.signal if result.signal else 0
 
 
-def _generate(args: argparse.Namespace, rest: list[str]) -> None:
+def _generate(args: argparse.Namespace) -> None:
     from fastmoe.trainer.generate import generate, load_run
 
     model, tokenizer = load_run(args.run_dir)
@@ -103,7 +105,7 @@ def _generate(args: argparse.Namespace, rest: list[str]) -> None:
     print(tokenizer.decode(ids[0 if prompt else len(start) :]))
 
 
-def _prepare(args: argparse.Namespace, rest: list[str]) -> None:
+def _prepare(args: argparse.Namespace) -> None:
     from fastmoe.trainer.data import prepare
 
     meta = prepare(args.input, args.tokenizer, args.out)
@@ -112,13 +114,13 @@ def _prepare(args: argparse.Namespace, rest: list[str]) -> None:
     print(f"train on it with: fastmoe train tiny --data.path {args.out} --model.vocab-size {meta['vocab_size']}")
 
 
-def _report(args: argparse.Namespace, rest: list[str]) -> None:
+def _report(args: argparse.Namespace) -> None:
     from fastmoe.trainer.report import report
 
     print(report(args.run_dir))
 
 
-def _verify(args: argparse.Namespace, rest: list[str]) -> int:
+def _verify(args: argparse.Namespace) -> int:
     from fastmoe.trainer import checkpoint
 
     root = Path(args.path)
@@ -133,7 +135,7 @@ def _verify(args: argparse.Namespace, rest: list[str]) -> int:
     return 1 if damaged else 0
 
 
-def _explain(args: argparse.Namespace, rest: list[str]) -> None:
+def _explain(args: argparse.Namespace) -> None:
     import fastmoe
 
     print(fastmoe.explain())

@@ -135,7 +135,7 @@ def read_state(path: str | Path) -> dict:
 def load_model(path: str | Path, model: nn.Module) -> None:
     """Copies the weights of an intact checkpoint into the model. CheckpointError names a tensor that is missing, new or of another shape."""
     wanted, given = _model_state(model), _read_tensors(path, "model")
-    for name in wanted.keys() ^ given.keys():
+    for name in sorted(wanted.keys() ^ given.keys()):
         where = "the model" if name in given else "the checkpoint"
         raise CheckpointError(f"fastmoe.checkpoint: {path} and the model must hold the same tensors, {where} has no {name}")
     with torch.no_grad():

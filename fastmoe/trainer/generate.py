@@ -65,14 +65,14 @@ def _dropless(model: Transformer) -> Iterator[None]:
             module.capacity_factor = factor
 
 
-def load_run(run_dir: str | Path, device: str = "cpu") -> tuple[Transformer, Tokenizer]:
-    """Model and tokenizer of a run's newest intact checkpoint. ValueError where there is none."""
+def load_run(run_dir: str | Path) -> tuple[Transformer, Tokenizer]:
+    """Model (on the GPU where there is one) and tokenizer of a run's newest intact checkpoint. ValueError where there is none."""
     run_dir = Path(run_dir)
     path = checkpoint.newest_intact(run_dir / "checkpoints")
     if path is None:
         raise ValueError(f"fastmoe.generate: --run.dir must be the folder of a run with a checkpoint, got {str(run_dir)!r}")
     state = checkpoint.read_state(path)
     config = replace(configs.from_dict(state["config"]).model, capacity_factor=None)
-    model = Transformer(config).to(device)
+    model = Transformer(config).to("cuda" if torch.cuda.is_available() else "cpu")
     checkpoint.load_model(path, model)
     return model, load_tokenizer(state["tokenizer"], run_dir)

@@ -79,13 +79,13 @@ def describe_load(load_LE: torch.Tensor, dropped_L: torch.Tensor) -> dict:
 
 
 def read(path: str | Path, last_step: int | None = None) -> list[dict]:
-    """The records of a metrics.jsonl up to last_step; stops at a line that a killed run left half written."""
+    """The records of a metrics.jsonl up to last_step, without a line that a killed run left half written."""
     records = []
     for line in Path(path).read_text().splitlines():
         try:
             record = json.loads(line)
         except ValueError:
-            break
+            continue
         if last_step is None or record["step"] <= last_step:
             records.append(record)
     return records
@@ -107,8 +107,11 @@ class Metrics:
         self.board = _tensorboard(run_dir, restored_step) if config.tensorboard else None
 
     def record(self, record: dict) -> None:
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise RuntimeError(f"fastmoe.metrics: cannot write {self.path}: {error.strerror}; the checkpoints are intact") from error
         self.window.append(record)
         step = record["step"]
         if self.board:
@@ -130,6 +133,8 @@ class Metrics:
         self.file.close()
         self._rewrite([{**record, **values} if record["step"] == step else record for record in read(self.path)])
         self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+        for key, value in values.items() if self.board else ():
+            self.board.add_scalar(key, value, step)
 
     def sync(self) -> None:
         """Makes what is written survive a power cut."""

@@ -6,9 +6,9 @@ import fcntl
 import hashlib
 import json
 import math
+import os
 import shutil
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -308,7 +308,7 @@ class _Signals:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
-        print(f"\n{signal.Signals(number).name}: finishing this step, then saving a checkpoint", file=sys.stderr, flush=True)
+        os.write(2, f"\n{signal.Signals(number).name}: finishing this step, then saving a checkpoint\n".encode())
 
 
 @contextmanager
@@ -322,8 +322,10 @@ def _run_dir(path: Path) -> Iterator[None]:
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise ValueError(f"fastmoe.train: another process is training in {path}; wait for it or choose another --run.dir") from None
+        except OSError:  # a file system without locks
+            pass
         yield
 
 
