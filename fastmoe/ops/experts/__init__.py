@@ -65,6 +65,7 @@ def _setup(ctx, inputs, output):
     x_TD, weights_TK, src_row_R, dst_row_TK, offsets, gate_up_proj, down_proj, ctx.activation, _ = inputs
     _, z_R2F = output
     ctx.mark_non_differentiable(z_R2F)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x_TD, weights_TK, src_row_R, dst_row_TK, offsets, gate_up_proj, down_proj, z_R2F)
 
 

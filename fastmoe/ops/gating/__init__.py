@@ -51,11 +51,14 @@ def _setup(ctx, inputs, output):
     _, topk_ids_TK, probs_TE = output
     ctx.save_for_backward(topk_ids_TK, probs_TE)
     ctx.mark_non_differentiable(topk_ids_TK)
+    ctx.set_materialize_grads(False)
     ctx.score, ctx.renormalize, ctx.dtype = score, renormalize, logits_TE.dtype
 
 
 def _backward(ctx, dweights_TK, _, dprobs_TE):
     topk_ids_TK, probs_TE = ctx.saved_tensors
+    dweights_TK = torch.zeros_like(topk_ids_TK, dtype=probs_TE.dtype) if dweights_TK is None else dweights_TK
+    dprobs_TE = torch.zeros_like(probs_TE) if dprobs_TE is None else dprobs_TE
     return _topk_gate_backward(dweights_TK, dprobs_TE, topk_ids_TK, probs_TE, ctx.score, ctx.renormalize).to(ctx.dtype), None, None, None
 
 

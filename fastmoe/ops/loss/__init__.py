@@ -42,6 +42,7 @@ def _fake(x_TD, weight_VD, targets_T, ignore_index, need_x, need_weight):
 def _setup(ctx, inputs, output):
     _, dx_TD, dweight_VD = output
     ctx.mark_non_differentiable(dx_TD, dweight_VD)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(dx_TD, dweight_VD)
     ctx.dtypes = inputs[0].dtype, inputs[1].dtype
 
