@@ -1,6 +1,9 @@
 /* The public C functions: each picks its instruction set once, by cpuid. Compiled for the baseline. */
+#include "fastmoe/adamw.h"
 #include "fastmoe/experts.h"
+#include "fastmoe/gating.h"
 #include "fastmoe/loss.h"
+#include "fastmoe/norm.h"
 #include "fastmoe/permutation.h"
 #include "workspace.h"
 
@@ -25,9 +28,14 @@ F pick(F baseline, F avx2, F avx512) {
         return chosen(a);                                               \
     }
 
+FM_DISPATCH(fm_adamw_step_cpu)
 FM_DISPATCH(fm_moe_mlp_cpu)
 FM_DISPATCH(fm_moe_mlp_backward_cpu)
+FM_DISPATCH(fm_topk_gate_cpu)
+FM_DISPATCH(fm_topk_gate_backward_cpu)
 FM_DISPATCH(fm_linear_cross_entropy_cpu)
+FM_DISPATCH(fm_rms_norm_cpu)
+FM_DISPATCH(fm_rms_norm_backward_cpu)
 FM_DISPATCH(fm_build_routing_cpu)
 FM_DISPATCH(fm_build_routing_from_experts_cpu)
 FM_DISPATCH(fm_permute_cpu)
@@ -44,3 +52,5 @@ int64_t fm_moe_mlp_backward_workspace(int64_t R, int64_t E, int64_t D, int64_t F
 int64_t fm_linear_cross_entropy_workspace(int64_t T, int64_t V, int num_threads) {
     return fm_workspace::Loss(nullptr, T, V, num_threads).floats * int64_t(sizeof(float));
 }
+int64_t fm_topk_gate_workspace(int64_t E, int num_threads) { return num_threads * 2 * ((E + 31) / 32 * 32); }
+int64_t fm_rms_norm_backward_workspace(int64_t T, int64_t D) { return (T < 64 * 256 ? (T + 63) / 64 : 256) * D; }

@@ -106,22 +106,86 @@ inline void store_part(S* p, vf v, int n) {
     for (int i = 0; i < n; ++i) from_float(p + i, v[i]);
 }
 
-/* Adds the lanes pairwise, in an order fixed by the vector width. */
+inline vf sqrt(vf v) {
+#if defined(__AVX512F__)
+    return bit_cast<vf>(_mm512_sqrt_ps(bit_cast<__m512>(v)));
+#elif defined(__AVX__) && FM_VECTOR_BYTES == 32
+    return bit_cast<vf>(_mm256_sqrt_ps(bit_cast<__m256>(v)));
+#else
+    for (int i = 0; i < W; ++i) v[i] = __builtin_sqrtf(v[i]);
+    return v;
+#endif
+}
+inline vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
+inline vf min(vf a, vf b) { return a < b ? a : b; } /* b where either is NaN */
+inline vf max(vf a, vf b) { return a > b ? a : b; }
+
+/* f over the lanes by halves (lane i with lane i + N/2), in an order fixed by the vector width. */
+template <class T, int N>
+struct lanes {
+    typedef T type __attribute__((vector_size(N * 4)));
+};
+template <int N, class T, class F>
+inline T fold(typename lanes<T, N>::type v, F f) {
+    if constexpr (N == 2) {
+        return f(v[0], v[1]);
+    } else {
+        struct halves {
+            typename lanes<T, N / 2>::type low, high;
+        };
+        const halves h = bit_cast<halves>(v);
+        return fold<N / 2, T>(f(h.low, h.high), f);
+    }
+}
 inline float sum(vf v) {
-    for (int half = W / 2; half; half /= 2)
-        for (int i = 0; i < half; ++i) v[i] += v[i + half];
-    return v[0];
+    return fold<W, float>(v, [](auto a, auto b) { return a + b; });
 }
 inline float max(vf v) {
-    float m = v[0];
-    for (int i = 1; i < W; ++i) m = v[i] > m ? v[i] : m;
-    return m;
+    return fold<W, float>(v, [](auto a, auto b) { return a > b ? a : b; });
 }
-inline vf select(vi mask, vf yes, vf no) {
-    return bit_cast<vf>((mask & bit_cast<vi>(yes)) | (~mask & bit_cast<vi>(no)));
+inline int32_t min(vi v) {
+    return fold<W, int32_t>(v, [](auto a, auto b) { return a < b ? a : b; });
 }
-inline vf min(vf a, vf b) { return select(a < b, a, b); }
-inline vf max(vf a, vf b) { return select(a > b, a, b); }
+
+/* f(i, full{}) for each whole vector of n elements, then f(i, rest) for the last rest < W; load and store take either. */
+struct full {};
+template <class F>
+inline void each_vector(int64_t n, F f) {
+    int64_t i = 0;
+    for (; i + W <= n; i += W) f(i, full{});
+    if (i < n) f(i, int(n - i));
+}
+template <class S>
+inline vf load(const S* p, full, float = 0) {
+    return load(p);
+}
+template <class S>
+inline vf load(const S* p, int n, float fill = 0) {
+    return load_part(p, n, fill);
+}
+template <class S>
+inline void store(S* p, vf v, full) {
+    store(p, v);
+}
+template <class S>
+inline void store(S* p, vf v, int n) {
+    store_part(p, v, n);
+}
+
+/* The sum of f(i, full{} or rest) over n elements, in an order fixed by n and the vector width; unused lanes must be zero. */
+template <class F>
+inline float sum_vectors(int64_t n, F f) {
+    vf t0 = splat(0), t1 = t0, t2 = t0, t3 = t0;
+    int64_t i = 0;
+    for (; i + 4 * W <= n; i += 4 * W) {
+        t0 += f(i, full{});
+        t1 += f(i + W, full{});
+        t2 += f(i + 2 * W, full{});
+        t3 += f(i + 3 * W, full{});
+    }
+    each_vector(n - i, [&](int64_t j, auto rest) { t0 += f(i + j, rest); });
+    return sum((t0 + t1) + (t2 + t3));
+}
 
 /* e^x, 1 ulp over the floats whose result is normal; 0 below -87.3, inf above 88.7, NaN stays. */
 inline vf exp(vf x) {
@@ -144,13 +208,26 @@ inline vf exp(vf x) {
 }
 inline vf sigmoid(vf x) { return 1.f / (1.f + exp(-x)); }
 
+/* The OpenMP team for elementwise work: small work is not worth waking threads. */
+inline int team(int64_t elements, int num_threads) { return elements < 8192 ? 1 : num_threads; }
+
 /* Calls f with a typed null pointer of the storage type: with_dtype(code, [&](auto* s) { using S = ...; }). */
-#define FM_WITH_DTYPE(code, S, ...)                                        \
-    switch (code) {                                                        \
-        case FM_F32: { using S = float; __VA_ARGS__ } break;               \
-        case FM_BF16: { using S = bf16; __VA_ARGS__ } break;               \
-        case FM_F16: { using S = f16; __VA_ARGS__ } break;                 \
-        default: return FM_BAD_DTYPE;                                      \
+#define FM_WITH_DTYPE(code, S, ...) \
+    switch (code) {                 \
+        case FM_F32: {              \
+            using S = float;        \
+            __VA_ARGS__             \
+        } break;                    \
+        case FM_BF16: {             \
+            using S = bf16;         \
+            __VA_ARGS__             \
+        } break;                    \
+        case FM_F16: {              \
+            using S = f16;          \
+            __VA_ARGS__             \
+        } break;                    \
+        default:                    \
+            return FM_BAD_DTYPE;    \
     }
 
 }  // namespace
