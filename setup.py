@@ -7,6 +7,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 
 class CMakeBuild(build_ext):
@@ -29,4 +30,16 @@ class CMakeBuild(build_ext):
         self.copy_file(str(next(build.glob("_C*.so"))), str(target))
 
 
-setup(ext_modules=[Extension("fastmoe._C", [], optional=True)], cmdclass={"build_ext": CMakeBuild})
+class CudaSources(build_py):
+    """Takes csrc/cuda along: the kernels are compiled at run time."""
+
+    def run(self):
+        super().run()
+        target = Path(self.build_lib) / "fastmoe" / "csrc" / "cuda"
+        if not self.editable_mode:
+            self.mkpath(str(target))
+            for source in Path("csrc/cuda").glob("*.cu"):
+                self.copy_file(str(source), str(target / source.name))
+
+
+setup(ext_modules=[Extension("fastmoe._C", [], optional=True)], cmdclass={"build_ext": CMakeBuild, "build_py": CudaSources})
