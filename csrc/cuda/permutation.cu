@@ -1,0 +1,167 @@
+// build_routing: a stable counting sort of the T*K slots by expert, in three launches.
+//
+// The slots are cut into chunks of FM_CHUNK. Launch 1 counts each chunk's slots per expert, launch 2 turns the counts of an
+// expert into rows kept before each chunk, launch 3 gives every slot its row. With a capacity the counts are also split by
+// choice k, since first choices of all tokens come before second ones when an expert is full.
+// Letters: E experts, K choices, J = K with a capacity and 1 without, C chunks. Ids outside 0..E-1 are dropped.
+// The sizes are macros, set for exact shapes when the file is compiled at run time.
+
+#ifndef FM_E
+#define FM_E 64
+#endif
+#ifndef FM_K
+#define FM_K 8
+#endif
+#ifndef FM_CHUNK
+#define FM_CHUNK 512  // slots; a multiple of FM_K
+#endif
+#ifndef FM_CAPPED
+#define FM_CAPPED 1
+#endif
+#ifndef FM_ID64
+#define FM_ID64 1
+#endif
+
+namespace {
+
+#if FM_ID64
+using Id = long long;
+#else
+using Id = int;
+#endif
+
+constexpr int kWarp = 32;
+constexpr unsigned kAll = 0xffffffffu;
+constexpr int J = FM_CAPPED ? FM_K : 1;
+static_assert(FM_CHUNK % J == 0, "a chunk holds whole tokens");
+
+// The expert of a slot, -1 where there is none.
+__device__ int expert_of(const Id* ids, long long slot, long long slots) {
+    if (slot >= slots) return -1;
+    const Id id = ids[slot];
+    return id >= 0 && id < FM_E ? static_cast<int>(id) : -1;
+}
+
+// Sum over this lane and the lanes below it.
+__device__ int sum_up_to(int value, int lane) {
+    for (int step = 1; step < kWarp; step *= 2) {
+        const int below = __shfl_up_sync(kAll, value, step);
+        if (lane >= step) value += below;
+    }
+    return value;
+}
+
+// counter[key] for each lane's key before this call, plus the lanes below with the same key; then counts them all in.
+// Keys below 0 count nothing.
+__device__ int count_in(int* counter, int key, int lane) {
+    const unsigned same = __match_any_sync(kAll, key);
+    const int rank = __popc(same & ((1u << lane) - 1));
+    const int before = key >= 0 ? counter[key] : 0;
+    __syncwarp();
+    if (key >= 0 && rank == 0) counter[key] = before + __popc(same);
+    __syncwarp();
+    return before + rank;
+}
+
+}  // namespace
+
+// One block a chunk: counts[e, j, chunk].
+extern "C" __global__ void fm_routing_count(const Id* ids, int* counts, long long slots, long long chunks) {
+    __shared__ int count_E[FM_E];
+    const long long chunk = blockIdx.x;
+    for (int j = 0; j < J; ++j) {
+        for (int e = threadIdx.x; e < FM_E; e += blockDim.x) count_E[e] = 0;
+        __syncthreads();
+        for (int place = j + threadIdx.x * J; place < FM_CHUNK; place += blockDim.x * J) {
+            const int e = expert_of(ids, chunk * FM_CHUNK + place, slots);
+            if (e >= 0) atomicAdd(&count_E[e], 1);
+        }
+        __syncthreads();
+        for (int e = threadIdx.x; e < FM_E; e += blockDim.x) counts[(e * (long long)J + j) * chunks + chunk] = count_E[e];
+        __syncthreads();
+    }
+}
+
+// One warp an expert: before[e, chunk] = rows it keeps in earlier chunks (may be the memory of counts when J = 1), totals[e];
+// with a capacity counts[e, j, chunk] becomes the number of slots that it may still keep there.
+extern "C" __global__ void fm_routing_scan(int* counts, int* before, int* totals, long long chunks, long long capacity) {
+    const int lane = threadIdx.x;
+    const long long e = blockIdx.x;
+    if (FM_CAPPED) {
+        long long seen = 0;
+        for (int j = 0; j < J; ++j) {
+            int* count_C = counts + (e * J + j) * chunks;
+            for (long long first = 0; first < chunks; first += kWarp) {
+                const long long c = first + lane;
+                const int count = c < chunks ? count_C[c] : 0;
+                const int up_to = sum_up_to(count, lane);
+                const long long room = capacity - (seen + up_to - count);
+                const int quota = room > FM_CHUNK ? FM_CHUNK : room > 0 ? static_cast<int>(room) : 0;
+                if (c < chunks) {
+                    count_C[c] = quota;
+                    before[e * chunks + c] = (j ? before[e * chunks + c] : 0) + (count < quota ? count : quota);
+                }
+                seen += __shfl_sync(kAll, up_to, kWarp - 1);
+            }
+        }
+    }
+    int* kept_C = (FM_CAPPED ? before : counts) + e * chunks;
+    int total = 0;
+    for (long long first = 0; first < chunks; first += kWarp) {
+        const long long c = first + lane;
+        const int kept = c < chunks ? kept_C[c] : 0;
+        const int up_to = sum_up_to(kept, lane);
+        if (c < chunks) before[e * chunks + c] = total + up_to - kept;
+        total += __shfl_sync(kAll, up_to, kWarp - 1);
+    }
+    if (lane == 0) totals[e] = total;
+}
+
+// One warp a chunk: offsets, src_row, dst_row.
+extern "C" __global__ void fm_routing_place(const Id* ids, const int* quotas, const int* before, const int* totals,
+                                            int* offsets, int* src_row, int* dst_row, long long slots, long long chunks) {
+    __shared__ int next_E[FM_E];
+    const int lane = threadIdx.x;
+    const long long chunk = blockIdx.x;
+#if FM_CAPPED
+    __shared__ unsigned char keep_S[FM_CHUNK];
+    for (int j = 0; j < J; ++j) {
+        for (int e = lane; e < FM_E; e += kWarp) next_E[e] = 0;
+        __syncwarp();
+        for (int first = j; first < FM_CHUNK; first += kWarp * J) {
+            const int place = first + lane * J;
+            const int e = place < FM_CHUNK ? expert_of(ids, chunk * FM_CHUNK + place, slots) : -1;
+            const int rank = count_in(next_E, e, lane);
+            if (place < FM_CHUNK) keep_S[place] = e >= 0 && rank < quotas[(e * (long long)J + j) * chunks + chunk];
+        }
+    }
+    __syncwarp();
+#endif
+    int used = 0;
+    for (int first = 0; first < FM_E; first += kWarp) {
+        const int e = first + lane;
+        const int total = e < FM_E ? totals[e] : 0;
+        const int up_to = sum_up_to(total, lane);
+        if (e < FM_E) {
+            next_E[e] = used + up_to - total;
+            if (chunk == 0) offsets[e] = next_E[e];
+        }
+        used += __shfl_sync(kAll, up_to, kWarp - 1);
+    }
+    if (chunk == 0 && lane == 0) offsets[FM_E] = used;
+    __syncwarp();
+    for (int first = 0; first < FM_CHUNK; first += kWarp) {
+        const int place = first + lane;
+        const long long slot = chunk * FM_CHUNK + place;
+        int e = place < FM_CHUNK ? expert_of(ids, slot, slots) : -1;
+#if FM_CAPPED
+        if (e >= 0 && !keep_S[place]) e = -1;
+#endif
+        const int rank = count_in(next_E, e, lane);
+        if (place >= FM_CHUNK || slot >= slots) continue;
+        const int row = e >= 0 ? before[e * chunks + chunk] + rank : -1;
+        dst_row[slot] = row;
+        if (e >= 0) src_row[row] = static_cast<int>(slot);
+        if (slot >= used) src_row[slot] = -1;
+    }
+}

@@ -1,0 +1,178 @@
+"""Kernels for GPUs, checked where there is none: Triton's in its interpreter, and for every architecture through the
+compiler; CUDA C++ through nvcc, and run on the CPU by an emulation of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastmoe import jit, testing
+from fastmoe.ops.permutation import cuda, reference
+
+ROOT = Path(__file__).parent.parent
+ARCHITECTURES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes of shared memory a block may use
+
+
+def run(*words: str | Path, **environment: str) -> subprocess.CompletedProcess:
+    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTMOE_BACKEND")} | environment
+    done = subprocess.run([str(word) for word in words], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-8000:]
+    return done
+
+
+def test_triton_kernels_in_the_interpreter():
+    """tests/triton needs a process of its own: the interpreter is chosen when a kernel is decorated."""
+    run(sys.executable, "-m", "pytest", "-x", "tests/triton", TRITON_INTERPRET="1")
+
+
+# Compiles what the backends launch for a real layer: their launches are caught on their way to a GPU that is not there.
+COMPILE = """
+import json, re, subprocess, sys, tempfile
+from pathlib import Path
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+from fastmoe import jit
+from fastmoe.ops.experts import kernels as experts
+from fastmoe.ops.gating import kernels as gating
+from fastmoe.ops.permutation import kernels as permutation
+
+arch, shared, dtype = int(sys.argv[1]), int(sys.argv[2]), getattr(torch, sys.argv[3])
+
+class Device:
+    get_current_target = lambda self: GPUTarget("cuda", arch, 32)
+    get_current_device = lambda self: 0
+    get_current_stream = lambda self, device=0: 0
+
+def compile_only(self, *args, grid, warmup, **kwargs):
+    kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found[self.fn.__name__] = {"shared": kernel.metadata.shared, "registers": int(re.search(r"REG:(\\d+)", usage)[1]),
+                               "stack": int(re.search(r"STACK:(\\d+)", usage)[1])}
+    return kernel
+
+found = {}
+cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+launch, JITFunction.run = JITFunction.run, compile_only
+driver.set_active(Device())
+jit.shared_memory = lambda tensor: shared
+make = lambda *shape, dtype=dtype: torch.empty(shape, dtype=dtype, device="meta")
+T, E, K, D, F = 16384, 64, 8, 2048, 1024
+weights_TK, ids_TK, probs_TE = gating.topk_gate(make(T, E), K, "softmax", True)
+gating.topk_gate_backward(weights_TK, probs_TE, ids_TK, probs_TE, "softmax", True)
+routing = permutation.build_routing(ids_TK, E, 4096)
+permutation.build_routing_from_experts(make(T, dtype=torch.int64), make(E + 1, dtype=torch.int64), T)
+x_TD, gate_up_proj, down_proj = make(T, D), make(E, 2 * F, D), make(E, D, F)
+y_RD = permutation.permute(x_TD, *routing[:2])
+permutation.unpermute_backward(x_TD, y_RD, *routing[:2], weights_TK)
+inputs = (x_TD, weights_TK, *routing, gate_up_proj, down_proj)
+y_TD, z_R2F = experts.moe_mlp(*inputs, "swiglu", True)
+experts.moe_mlp_backward(x_TD, *inputs, z_R2F, "swiglu", True, True, True, True)
+kernels = {k.fn.__name__ for m in (gating, permutation, experts) for k in vars(m).values()
+           if isinstance(k, JITFunction) and k.fn.__name__.endswith("_kernel")}
+print(json.dumps({"found": found, "missed": sorted(kernels - set(found))}))
+"""
+
+
+@pytest.mark.parametrize("arch, dtype", [*((arch, "bfloat16") for arch in ARCHITECTURES), (90, "float32")])
+def test_triton_kernels_compile(arch, dtype, tmp_path, record_property):
+    done = run(sys.executable, "-c", COMPILE, arch, ARCHITECTURES[arch], dtype, TRITON_CACHE_DIR=str(tmp_path))
+    result = json.loads(done.stdout.splitlines()[-1])
+    record_property(f"sm_{arch} {dtype}", json.dumps(result["found"]))
+    assert not result["missed"]
+    for name, usage in result["found"].items():
+        assert usage["shared"] <= ARCHITECTURES[arch], f"{name} wants {usage['shared']} bytes of shared memory"
+        assert usage["stack"] <= 256, f"{name} spills {usage['stack']} bytes a thread"
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not installed")
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_cuda_sources_compile(arch, tmp_path):
+    for source in (ROOT / "csrc" / "cuda").glob("*.cu"):
+        run(
+            "nvcc",
+            "-std=c++17",
+            f"-arch=sm_{arch}",
+            "-Werror",
+            "all-warnings",
+            "-cubin",
+            source,
+            "-o",
+            tmp_path / "out.cubin",
+        )
+
+
+@pytest.fixture
+def emulated(monkeypatch, tmp_path):
+    """jit.load as on a GPU, with g++ for NVRTC and fibers for threads; emulated["descending"] is the order of these."""
+    state = {"descending": 0, "libraries": {}}
+
+    def load(source, function, defines):
+        key = (source, *sorted(defines.items()))
+        if key not in state["libraries"]:
+            library = tmp_path / f"{len(state['libraries'])}.so"
+            header, file = ROOT / "csrc" / "tests" / "cuda_emulation.h", ROOT / "csrc" / "cuda" / source
+            flags = ("-std=c++17", "-O1", "-shared", "-fPIC", *(f"-D{name}={value}" for name, value in defines.items()))
+            run("g++", *flags, "-include", header, "-x", "c++", file, "-o", library)
+            state["libraries"][key] = ctypes.CDLL(str(library))
+        library = state["libraries"][key]
+
+        def launch(grid, block, *args):
+            numbers = [arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in args]
+            words = (ctypes.c_longlong * 9)(*numbers)
+            kernel = ctypes.cast(getattr(library, function), ctypes.c_void_p)
+            library.fm_emulate(kernel, ctypes.c_longlong(grid), ctypes.c_longlong(block), words, state["descending"])
+
+        return launch
+
+    monkeypatch.setattr(jit, "load", load)
+    return state
+
+
+DRAWS = (("random", -1), ("dropped", -1), ("all_to_one", 0), ("random", 9), ("dropped", 200), ("empty_expert", 40))
+
+
+@pytest.mark.parametrize("T, E, K, dtype", [(700, 5, 2, torch.int64), (1, 1, 1, torch.int32), (90, 40, 7, torch.int32)])
+def test_cuda_build_routing_emulated(T, E, K, dtype, emulated):
+    for routing, capacity in (
+        ("random", -1),
+        ("dropped", -1),
+        ("all_to_one", 0),
+        ("random", 9),
+        ("dropped", 200),
+        ("empty_expert", 40),
+    ):
+        ids_TK = testing.draw_ids(testing.Shape(T, 1, 1, E, K, 1), routing).to(dtype)
+        want = reference.build_routing(ids_TK, E, capacity)
+        for emulated["descending"] in (0, 1):
+            with testing.poison():
+                got = cuda.build_routing(ids_TK, E, capacity)
+            for name, got_tensor, want_tensor in zip(("src_row_R", "dst_row_TK", "offsets"), got, want):
+                testing.assert_bit_equal(got_tensor, want_tensor, f"{name}, {routing}, capacity {capacity}")
+
+
+def test_cuda_build_routing_drops_ids_outside(emulated):
+    ids_TK = torch.tensor([[3, 0], [-7, 1], [2**32 + 1, 2], [1, -1]])
+    want = reference.build_routing(ids_TK.masked_fill((ids_TK < 0) | (ids_TK > 2), -1), 3, -1)
+    for got_tensor, want_tensor in zip(cuda.build_routing(ids_TK, 3, -1), want):
+        testing.assert_bit_equal(got_tensor, want_tensor)
+
+
+def test_cuda_build_routing_names_its_limit():
+    with pytest.raises(
+        ValueError, match="build_routing: num_experts must be at most 12160 on the cuda backend, got 20000"
+    ):
+        cuda.build_routing(torch.zeros(4, 2, dtype=torch.int64), 20000, -1)
