@@ -17,7 +17,7 @@ def build_routing(topk_ids_TK, num_experts, capacity):
     J = K if capped else 1
     chunk = max(1, 512 // J) * J
     most = (SHARED_BYTES - chunk) // 4
-    if E > most:
+    if most < E:
         raise ValueError(f"fastmoe.build_routing: num_experts must be at most {most} on the cuda backend, got {E}")
     chunks = -(-R // chunk)
     macros = {"FM_E": E, "FM_K": J, "FM_CHUNK": chunk, "FM_CAPPED": int(capped)}
