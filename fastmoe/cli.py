@@ -19,7 +19,7 @@ recipes:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command line and returns its exit status. What a user can cause ends in one line on stderr, no traceback."""
+    """Runs one command line and returns its exit status. What a user can cause ends in one line on stderr."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         if argv[:1] == ["train"]:
@@ -41,36 +41,56 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("fastmoe", description="Train and use Mixture-of-Experts models.", epilog=_STATUS,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    raw = argparse.RawDescriptionHelpFormatter
+    about = "Train and use Mixture-of-Experts models."
+    parser = argparse.ArgumentParser("fastmoe", description=about, epilog=_STATUS, formatter_class=raw)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, run, summary: str, into=commands, **options) -> argparse.ArgumentParser:
-        command = into.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".",
-                                  formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)  # fmt: skip
+    def add(name: str, run, summary: str, into=commands) -> argparse.ArgumentParser:
+        about = f"{summary[0].upper()}{summary[1:]}."
+        command = into.add_parser(name, help=summary, description=about, allow_abbrev=False)
         command.set_defaults(run=run)
         return command
 
     commands.add_parser("train", help="train a model: fastmoe train RECIPE [--resume] [--GROUP.FIELD VALUE ...]")
 
     generate = add("generate", _generate, "continue a prompt with a trained model")
-    generate.add_argument("--run.dir", dest="run_dir", default="runs/tiny", metavar="DIR", help="of `fastmoe train` (default: runs/tiny)")
+    generate.add_argument(
+        "--run.dir", dest="run_dir", default="runs/tiny", metavar="DIR", help="of `fastmoe train` (default: runs/tiny)"
+    )
     generate.add_argument("--prompt", default="", help="text to go on from (default: the start of a document)")
     generate.add_argument("--tokens", type=int, default=200, help="how many to add (default: 200)")
     generate.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest (default: 0.8)")
     generate.add_argument("--seed", type=int, default=0)
 
-    data = commands.add_parser("data", help="prepare text for training").add_subparsers(required=True, metavar="COMMAND")
+    data = commands.add_parser("data", help="prepare text for training").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
     prepare = add("prepare", _prepare, "write text, JSONL and parquet files as token shards for --data.path", data)
-    prepare.add_argument("--input", nargs="+", required=True, metavar="PATH", help='files or folders; JSONL and parquet rows have a "text"')
-    prepare.add_argument("--tokenizer", default="byte", metavar="byte|FILE", help="FILE: a Hugging Face tokenizer.json (default: byte)")
+    prepare.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help='files or folders; JSONL and parquet rows have a "text"',
+    )
+    prepare.add_argument(
+        "--tokenizer", default="byte", metavar="byte|FILE", help="FILE: a Hugging Face tokenizer.json (default: byte)"
+    )
     prepare.add_argument("--out", required=True, metavar="DIR", help="a new folder")
 
     report = add("report", _report, "write a run's report, one HTML page that needs no network")
     report.add_argument("run_dir", metavar="DIR")
 
-    checkpoint = commands.add_parser("checkpoint", help="look after checkpoints").add_subparsers(required=True, metavar="COMMAND")
-    verify = add("verify", _verify, "check every file of checkpoints against its SHA-256; status 1 where one is damaged", checkpoint)
+    checkpoint = commands.add_parser("checkpoint", help="look after checkpoints").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    verify = add(
+        "verify",
+        _verify,
+        "check every file of checkpoints against its SHA-256; status 1 where one is damaged",
+        checkpoint,
+    )
     verify.add_argument("path", metavar="DIR", help="a run, its checkpoints folder or one checkpoint")
 
     add("explain", _explain, "show which backend each op takes on this machine, and why")
@@ -90,7 +110,9 @@ def _train(words: list[str]) -> int:
     from fastmoe.trainer.train import train
 
     options = ["--run.resume" if word == "--resume" else word for word in words[1:]]
-    config = tyro.cli(type(default), default=default, args=options, prog=f"fastmoe train {words[0]}", description=_STATUS)
+    config = tyro.cli(
+        type(default), default=default, args=options, prog=f"fastmoe train {words[0]}", description=_STATUS
+    )
     result = train(config)
     return 128 + result.signal if result.signal else 0
 
@@ -110,7 +132,10 @@ def _prepare(args: argparse.Namespace) -> None:
 
     meta = prepare(args.input, args.tokenizer, args.out)
     counts = {split: sum(shard["tokens"] for shard in shards) for split, shards in meta["splits"].items()}
-    print(f"{args.out}: {counts['train']:,} training and {counts['heldout']:,} held-out tokens, vocabulary {meta['vocab_size']}")
+    print(
+        f"{args.out}: {counts['train']:,} training and {counts['heldout']:,} held-out tokens, vocabulary "
+        f"{meta['vocab_size']}"
+    )
     print(f"train on it with: fastmoe train tiny --data.path {args.out} --model.vocab-size {meta['vocab_size']}")
 
 
@@ -124,9 +149,15 @@ def _verify(args: argparse.Namespace) -> int:
     from fastmoe.trainer import checkpoint
 
     root = Path(args.path)
-    found = [root] if (root / "manifest.json").exists() else checkpoint.steps(root) or checkpoint.steps(root / "checkpoints")
+    found = (
+        [root]
+        if (root / "manifest.json").exists()
+        else checkpoint.steps(root) or checkpoint.steps(root / "checkpoints")
+    )
     if not found:
-        raise ValueError(f"fastmoe.checkpoint: DIR must be a run, its checkpoints folder or a checkpoint, got {args.path!r}")
+        raise ValueError(
+            f"fastmoe.checkpoint: DIR must be a run, its checkpoints folder or a checkpoint, got {args.path!r}"
+        )
     damaged = 0
     for path in found:
         problems = checkpoint.verify(path)

@@ -59,7 +59,9 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    path: str | None = None  # folder made by `fastmoe data prepare`; None: the Python library's own text, prepared on first use
+    path: str | None = (
+        None  # folder made by `fastmoe data prepare`; None: the Python library's own text, prepared on first use
+    )
 
 
 @dataclass(frozen=True)
@@ -104,12 +106,14 @@ def flat(config: Config) -> dict[str, object]:
 
 
 def from_dict(groups: dict[str, dict[str, object]]) -> Config:
-    """The inverse of dataclasses.asdict; fields that are absent take their defaults. ValueError names an unknown field."""
+    """The inverse of dataclasses.asdict; absent fields take their defaults. ValueError names an unknown field."""
     parts = {}
     for part in fields(Config):
         kind, given = part.default_factory, groups.get(part.name, {})
         for name in given.keys() - {f.name for f in fields(kind)}:
-            raise ValueError(f"fastmoe.config: {part.name} has no field {name!r}; it has {sorted(f.name for f in fields(kind))}")
+            raise ValueError(
+                f"fastmoe.config: {part.name} has no field {name!r}; it has {sorted(f.name for f in fields(kind))}"
+            )
         parts[part.name] = kind(**given)
     for name in groups.keys() - parts.keys():
         raise ValueError(f"fastmoe.config: there is no group {name!r}; there are {sorted(parts)}")

@@ -1,8 +1,8 @@
 """Checkpoints that are whole or absent.
 
-`<folder>/step-00000100/` holds safetensors shards of the model, the optimizer's moments and the random states, `state.json` (what the
-trainer gives: step, position, config) and `manifest.json` (size and SHA-256 of every other file). All is written and synced in a
-temporary folder, then committed by one rename. Nothing is pickled.
+`<folder>/step-00000100/` holds safetensors shards of the model, the optimizer's moments and the random states,
+`state.json` (what the trainer gives: step, position, config) and `manifest.json` (size and SHA-256 of every other
+file). All is written and synced in a temporary folder, then committed by one rename. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -28,11 +28,14 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be written, or none can be read."""
 
 
-def save(folder: str | Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict, keep: int) -> Path:
+def save(
+    folder: str | Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict, keep: int
+) -> Path:
     """Commits `<folder>/step-<step>` and then removes all but the `keep` newest. Returns its path.
 
-    state: JSON-able; step, optimizer scalars and random states are added. A tensor that the model holds under several names is
-    written once. CheckpointError where the disk refuses (full, read-only, broken): the checkpoints already there stay as they are.
+    state: JSON-able; step, optimizer scalars and random states are added. A tensor that the model holds under several
+    names is written once. CheckpointError where the disk refuses (full, read-only, broken): the checkpoints already
+    there stay as they are.
     """
     folder = Path(folder)
     final = folder / f"step-{step:08d}"
@@ -81,14 +84,16 @@ def clean(folder: str | Path) -> None:
 
 
 def verify(path: str | Path) -> list[str]:
-    """What is wrong with a checkpoint: one line for each file that is missing, cut short or changed; empty when it is intact."""
+    """What is wrong with a checkpoint, a line for each file that is missing, cut short or changed; empty: intact."""
     path = Path(path)
     try:
         manifest = json.loads((path / "manifest.json").read_bytes())
         files = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return [f"manifest.json cannot be read ({type(error).__name__})"]
-    problems = [] if manifest.get("format") == 1 else [f"manifest.json has format {manifest.get('format')!r}, this version reads 1"]
+    problems = []
+    if manifest.get("format") != 1:
+        problems.append(f"manifest.json has format {manifest.get('format')!r}, this version reads 1")
     if "state.json" not in files or not any(name.startswith("model-") for name in files):
         problems.append("manifest.json lists no state.json or no model")
     for name, (size, digest) in files.items():
@@ -105,7 +110,8 @@ def verify(path: str | Path) -> list[str]:
 
 
 def newest_intact(folder: str | Path) -> Path | None:
-    """The newest checkpoint that verifies, None where there are none at all. Damaged ones are named on stderr and passed over.
+    """The newest checkpoint that verifies, None where there are none at all. Damaged ones are named on stderr and
+    passed over.
 
     CheckpointError where there are some and all are damaged.
     """
@@ -114,14 +120,23 @@ def newest_intact(folder: str | Path) -> Path | None:
         problems = verify(path)
         if not problems:
             return path
-        print(f"WARNING: checkpoint {path} is damaged: {'; '.join(problems)}; trying the one before it", file=sys.stderr, flush=True)
+        print(
+            f"WARNING: checkpoint {path} is damaged: {'; '.join(problems)}; trying the one before it",
+            file=sys.stderr,
+            flush=True,
+        )
     if found:
-        raise CheckpointError(f"fastmoe.checkpoint: all {len(found)} checkpoints in {folder} are damaged; start over with another --run.dir")
+        raise CheckpointError(
+            f"fastmoe.checkpoint: all {len(found)} checkpoints in {folder} are damaged; start over with another "
+            "--run.dir"
+        )
     return None
 
 
 def set_aside(folder: str | Path, step: int) -> None:
-    """Renames the (damaged) checkpoints after `step` to damaged-*, so that they no longer count and nothing overwrites them."""
+    """Renames the (damaged) checkpoints after `step` to damaged-*, so that they no longer count and nothing overwrites
+    them.
+    """
     for path in steps(folder):
         if step_of(path) > step:
             path.rename(_free_name(path.with_name(f"damaged-{path.name}")))
@@ -133,16 +148,22 @@ def read_state(path: str | Path) -> dict:
 
 
 def load_model(path: str | Path, model: nn.Module) -> None:
-    """Copies the weights of an intact checkpoint into the model. CheckpointError names a tensor that is missing, new or of another shape."""
+    """Copies the weights of an intact checkpoint into the model. CheckpointError names a tensor that is missing, new or
+    of another shape.
+    """
     wanted, given = _model_state(model), _read_tensors(path, "model")
     for name in sorted(wanted.keys() ^ given.keys()):
         where = "the model" if name in given else "the checkpoint"
-        raise CheckpointError(f"fastmoe.checkpoint: {path} and the model must hold the same tensors, {where} has no {name}")
+        raise CheckpointError(
+            f"fastmoe.checkpoint: {path} and the model must hold the same tensors, {where} has no {name}"
+        )
     with torch.no_grad():
         for name, tensor in wanted.items():
             if tensor.shape != given[name].shape:
-                raise CheckpointError(f"fastmoe.checkpoint: {name} in {path} must have the model's shape {tuple(tensor.shape)}, "
-                                      f"got {tuple(given[name].shape)}")  # fmt: skip
+                raise CheckpointError(
+                    f"fastmoe.checkpoint: {name} in {path} must have the model's shape "
+                    f"{tuple(tensor.shape)}, got {tuple(given[name].shape)}"
+                )
             tensor.copy_(given[name])
 
 
@@ -172,7 +193,9 @@ def _model_state(model: nn.Module) -> dict[str, torch.Tensor]:
     return state
 
 
-def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, dict]]:
+def _optimizer_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, torch.Tensor], dict[str, dict]]:
     tensors, scalars = {}, {}
     for name, parameter in model.named_parameters():
         state = optimizer.state.get(parameter)

@@ -1,8 +1,9 @@
 """Text to memory-mapped token shards, and batches from them whose position is one counter.
 
-A data folder holds `meta.json` (format, tokenizer, vocab_size, dtype, separator, and per split the shards with their tokens
-and SHA-256), `<split>-<n>.bin` files of little-endian ids, and `tokenizer.json` unless tokens are bytes. Splits are `train` and
-`heldout`. Every document ends with the separator: the byte 0, or the tokenizer's end-of-text token (a newline where it has none).
+A data folder holds `meta.json` (format, tokenizer, vocab_size, dtype, separator, and per split the shards with their
+tokens and SHA-256), `<split>-<n>.bin` files of little-endian ids, and `tokenizer.json` unless tokens are bytes. Splits
+are `train` and `heldout`. Every document ends with the separator: the byte 0, or the tokenizer's end-of-text token (a
+newline where it has none).
 """
 
 from __future__ import annotations
@@ -47,13 +48,20 @@ class FileTokenizer:
         try:
             from tokenizers import Tokenizer
         except ImportError:
-            raise ValueError("fastmoe.data: a tokenizer file needs the tokenizers package: pip install tokenizers") from None
+            raise ValueError(
+                "fastmoe.data: a tokenizer file needs the tokenizers package: pip install tokenizers"
+            ) from None
         if not Path(path).is_file():
-            raise ValueError(f"fastmoe.data: --tokenizer must be byte or a tokenizer.json file, got {str(path)!r}, which is not there")
+            raise ValueError(
+                f"fastmoe.data: --tokenizer must be byte or a tokenizer.json file, got {str(path)!r}, which is not "
+                "there"
+            )
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the tokenizers package raises bare Exception
-            raise ValueError(f"fastmoe.data: --tokenizer must be byte or a tokenizer.json file, cannot read {path}: {error}") from None
+            raise ValueError(
+                f"fastmoe.data: --tokenizer must be byte or a tokenizer.json file, cannot read {path}: {error}"
+            ) from None
         self.path = Path(path)
         self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
         ends = [i for i in map(self._tokenizer.token_to_id, _END_OF_TEXT) if i is not None]
@@ -78,10 +86,11 @@ def load_tokenizer(name: str | Path, folder: Path = Path()) -> Tokenizer:
 def prepare(inputs: Iterable[str | Path], tokenizer: str | Path, out: str | Path) -> dict:
     """Writes a new data folder `out` from files and folders of text, and returns its meta.
 
-    inputs: `.jsonl` (a document a line, field "text"), `.parquet` (a document a row, column "text"), anything else is UTF-8 text, a
-    document a file; folders are read whole, without hidden and binary files. A document is held out when the hash of its path
-    (relative to the folder given; with `#row` in JSONL and parquet) falls in one part of twenty; where that leaves a split empty, the
-    last twentieth of all tokens is held out instead. `out` appears by one rename, or not at all. ValueError for whatever cannot be read.
+    inputs: `.jsonl` (a document a line, field "text"), `.parquet` (a document a row, column "text"), anything else is
+    UTF-8 text, a document a file; folders are read whole, without hidden and binary files. A document is held out when
+    the hash of its path (relative to the folder given; with `#row` in JSONL and parquet) falls in one part of twenty;
+    where that leaves a split empty, the last twentieth of all tokens is held out instead. `out` appears by one rename,
+    or not at all. ValueError for whatever cannot be read.
     """
     inputs = [Path(p) for p in inputs]
     for path in inputs:
@@ -105,7 +114,9 @@ def _documents(inputs: list[Path]) -> Iterator[tuple[str, str | bytes]]:
                     if b"\0" not in text[:8192]:
                         yield key, text
                     elif path == root:
-                        raise ValueError(f"fastmoe.data: --input must be text, JSONL or parquet, got the binary file {path}")
+                        raise ValueError(
+                            f"fastmoe.data: --input must be text, JSONL or parquet, got the binary file {path}"
+                        )
             except (OSError, UnicodeDecodeError) as error:
                 raise ValueError(f"fastmoe.data: cannot read {path}: {error}") from None
 
@@ -129,7 +140,10 @@ def _jsonl(path: Path, key: str) -> Iterator[tuple[str, str]]:
             except (ValueError, KeyError, TypeError):
                 text = None
             if not isinstance(text, str):
-                raise ValueError(f'fastmoe.data: {path}:{row + 1} must be a JSON object with a string "text", got {line.strip()[:60]!r}')
+                raise ValueError(
+                    f'fastmoe.data: {path}:{row + 1} must be a JSON object with a string "text", '
+                    f"got {line.strip()[:60]!r}"
+                )
             yield f"{key}#{row}", text
 
 
@@ -147,7 +161,9 @@ def _parquet(path: Path, key: str) -> Iterator[tuple[str, str]]:
         for batch in table.iter_batches(columns=["text"]):
             for text in batch.column(0).to_pylist():
                 if not isinstance(text, str | None):
-                    raise ValueError(f'fastmoe.data: {path}: column "text" must hold strings, got {type(text).__name__} in row {row}')
+                    raise ValueError(
+                        f'fastmoe.data: {path}: column "text" must hold strings, got {type(text).__name__} in row {row}'
+                    )
                 if text:
                     yield f"{key}#{row}", text
                 row += 1
@@ -169,7 +185,7 @@ class _Shards:
     def add(self, ids: np.ndarray) -> None:
         if self.file is None or self.counts[-1] >= SHARD_TOKENS:
             self.close()
-            self.file = open(self.path(len(self.counts)), "wb")
+            self.file = open(self.path(len(self.counts)), "wb")  # noqa: SIM115
             self.counts.append(0)
         self.file.write(ids.astype(self.dtype).tobytes())
         self.counts[-1] += len(ids)
@@ -199,7 +215,10 @@ class _Shards:
         return ids[self.counts[-1] :]
 
     def describe(self) -> list[dict]:
-        return [{"file": self.path(n).name, "tokens": count, "sha256": _sha256(self.path(n))} for n, count in enumerate(self.counts)]
+        return [
+            {"file": self.path(n).name, "tokens": count, "sha256": _sha256(self.path(n))}
+            for n, count in enumerate(self.counts)
+        ]
 
 
 def _sha256(path: Path) -> str:
@@ -238,8 +257,14 @@ def _write(documents: Iterable[tuple[str, str | bytes]], tokenizer: Tokenizer, o
         if not heldout.counts:
             heldout.add(train.take_tail(HELDOUT_SHARE))
             heldout.finish()
-        meta = {"format": FORMAT, "tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size, "separator": tokenizer.separator,
-                "dtype": dtype, "splits": {split: shards.describe() for split, shards in zip(SPLITS, (train, heldout))}}  # fmt: skip
+        meta = {
+            "format": FORMAT,
+            "tokenizer": tokenizer.name,
+            "vocab_size": tokenizer.vocab_size,
+            "separator": tokenizer.separator,
+            "dtype": dtype,
+            "splits": {split: shards.describe() for split, shards in zip(SPLITS, (train, heldout))},
+        }
         if isinstance(tokenizer, FileTokenizer):
             shutil.copyfile(tokenizer.path, temporary / tokenizer.name)
         (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
@@ -261,12 +286,18 @@ def load_meta(folder: str | Path) -> dict:
     try:
         meta = json.loads((folder / "meta.json").read_bytes())
     except FileNotFoundError:
-        raise ValueError(f"fastmoe.data: --data.path must be {hint}, got {str(folder)!r}, which has no meta.json") from None
+        raise ValueError(
+            f"fastmoe.data: --data.path must be {hint}, got {str(folder)!r}, which has no meta.json"
+        ) from None
     except (OSError, ValueError) as error:
-        raise ValueError(f"fastmoe.data: --data.path must be {hint}, cannot read {folder / 'meta.json'}: {error}") from None
+        raise ValueError(
+            f"fastmoe.data: --data.path must be {hint}, cannot read {folder / 'meta.json'}: {error}"
+        ) from None
     try:
         if meta["format"] != FORMAT:
-            raise ValueError(f"fastmoe.data: {folder} has format {meta['format']}, this version reads {FORMAT}; prepare it again")
+            raise ValueError(
+                f"fastmoe.data: {folder} has format {meta['format']}, this version reads {FORMAT}; prepare it again"
+            )
         itemsize = np.dtype(meta["dtype"]).itemsize
         _ = meta["tokenizer"], int(meta["vocab_size"]), list(meta["separator"])
         for split in SPLITS:
@@ -274,9 +305,14 @@ def load_meta(folder: str | Path) -> dict:
                 path = folder / shard["file"]
                 if not path.is_file() or path.stat().st_size != shard["tokens"] * itemsize:
                     got = f"{path.stat().st_size} bytes" if path.is_file() else "no such file"
-                    raise ValueError(f"fastmoe.data: {path} must have {shard['tokens'] * itemsize} bytes, got {got}; prepare it again")
+                    raise ValueError(
+                        f"fastmoe.data: {path} must have {shard['tokens'] * itemsize} bytes, got {got}; prepare it "
+                        "again"
+                    )
     except (KeyError, TypeError) as error:
-        raise ValueError(f"fastmoe.data: --data.path must be {hint}, {folder / 'meta.json'} lacks or garbles {error}") from None
+        raise ValueError(
+            f"fastmoe.data: --data.path must be {hint}, {folder / 'meta.json'} lacks or garbles {error}"
+        ) from None
     return meta
 
 
@@ -285,7 +321,9 @@ def verify(folder: str | Path) -> None:
     for shards in load_meta(folder)["splits"].values():
         for shard in shards:
             if _sha256(Path(folder) / shard["file"]) != shard["sha256"]:
-                raise ValueError(f"fastmoe.data: {Path(folder) / shard['file']} is damaged (its SHA-256 differs); prepare it again")
+                raise ValueError(
+                    f"fastmoe.data: {Path(folder) / shard['file']} is damaged (its SHA-256 differs); prepare it again"
+                )
 
 
 def default_corpus() -> Path:
@@ -298,17 +336,25 @@ def default_corpus() -> Path:
     documents, digest = [], hashlib.blake2b(f"format {FORMAT}".encode(), digest_size=8)
     for path in _walk(root) if root.is_dir() else ():
         name = path.relative_to(root)
-        if path.suffix in (".py", ".txt", ".rst") and skipped.isdisjoint(name.parts) and not path.name.startswith("_sysconfigdata"):
+        if (
+            path.suffix in (".py", ".txt", ".rst")
+            and skipped.isdisjoint(name.parts)
+            and not path.name.startswith("_sysconfigdata")
+        ):
             documents.append((name.as_posix(), path.read_bytes()))
             digest.update(f"{name.as_posix()} {len(documents[-1][1])} ".encode() + documents[-1][1])
     if not documents:
-        raise ValueError(f"fastmoe.data: the Python library has no source files in {root}; give a data folder with --data.path")
+        raise ValueError(
+            f"fastmoe.data: the Python library has no source files in {root}; give a data folder with --data.path"
+        )
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastmoe"
     folder = cache / f"python-{sys.version_info.major}.{sys.version_info.minor}-{digest.hexdigest()}"
     try:
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"fastmoe.data: cannot write the cache {cache}: {error.strerror}; set XDG_CACHE_HOME or give --data.path") from None
+        raise ValueError(
+            f"fastmoe.data: cannot write the cache {cache}: {error.strerror}; set XDG_CACHE_HOME or give --data.path"
+        ) from None
     if folder.exists():
         try:
             verify(folder)
@@ -326,8 +372,9 @@ def default_corpus() -> Path:
 class Batches:
     """Sequences of `seq_len` tokens from one split of a data folder.
 
-    A sequence is a window of a shard; windows do not overlap, but for the target of the last token. Epoch e takes every window once, in an
-    order that depends on (seed, e) alone, so that `at(position)` is a function of its arguments: resuming needs the counter, no history.
+    A sequence is a window of a shard; windows do not overlap, but for the target of the last token. Epoch e takes every
+    window once, in an order that depends on (seed, e) alone, so that `at(position)` is a function of its arguments:
+    resuming needs the counter, no history.
     """
 
     def __init__(self, folder: str | Path, split: str, seq_len: int, seed: int = 0, vocab_size: int | None = None):
@@ -335,13 +382,17 @@ class Batches:
         self.folder, self.split, self.seq_len, self.seed = Path(folder), split, seq_len, seed
         self.meta = load_meta(folder)
         if vocab_size is not None and self.meta["vocab_size"] > vocab_size:
-            raise ValueError(f"fastmoe.data: --model.vocab-size must be at least {self.meta['vocab_size']} for the tokens of "
-                             f"{folder}, got {vocab_size}")  # fmt: skip
+            raise ValueError(
+                f"fastmoe.data: --model.vocab-size must be at least {self.meta['vocab_size']} for the tokens of "
+                f"{folder}, got {vocab_size}"
+            )
         self.shards = []
         for shard in self.meta["splits"][split]:
             if shard["tokens"] <= seq_len:
-                raise ValueError(f"fastmoe.data: a shard must be longer than one sequence of {seq_len} tokens, got {shard['tokens']} in "
-                                 f"{self.folder / shard['file']}; give more text or a shorter --train.seq-len")  # fmt: skip
+                raise ValueError(
+                    f"fastmoe.data: a shard must be longer than one sequence of {seq_len} tokens, got "
+                    f"{shard['tokens']} in {self.folder / shard['file']}; give more text or a shorter --train.seq-len"
+                )
             self.shards.append(np.memmap(self.folder / shard["file"], self.meta["dtype"], "r"))
         if not self.shards:
             raise ValueError(f"fastmoe.data: {folder} has no {split} shards; prepare it again")
@@ -362,10 +413,13 @@ class Batches:
     def sweep(self, batch_size: int, max_tokens: int | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """In order, every token that has a predecessor once; or, of that, about max_tokens in evenly spaced windows.
 
-        Yields ids_BS and targets_BS as `at`; a shard's last window may be short: its targets end in -100. The last batch may be smaller.
+        Yields ids_BS and targets_BS as `at`; a shard's last window may be short: its targets end in -100. The last
+        batch may be smaller.
         """
         S = self.seq_len
-        windows = [(shard, start) for shard in range(len(self.shards)) for start in range(0, len(self.shards[shard]) - 1, S)]
+        windows = [
+            (shard, start) for shard in range(len(self.shards)) for start in range(0, len(self.shards[shard]) - 1, S)
+        ]
         if max_tokens is not None and max_tokens < len(windows) * S:
             count = max(1, max_tokens // S)
             windows = [windows[i * len(windows) // count] for i in range(count)]
@@ -384,13 +438,18 @@ class Batches:
     def _read(self, shard: int, start: int) -> np.ndarray:
         tokens = self.shards[shard][start : start + self.seq_len + 1].astype(np.int64)
         if tokens.max() >= self.meta["vocab_size"]:
-            raise ValueError(f"fastmoe.data: token ids must be below {self.meta['vocab_size']} (vocab_size in meta.json), got {tokens.max()} "
-                             f"in {self.folder / self.meta['splits'][self.split][shard]['file']} near token {start}")  # fmt: skip
+            path = self.folder / self.meta["splits"][self.split][shard]["file"]
+            raise ValueError(
+                f"fastmoe.data: token ids must be below {self.meta['vocab_size']} (vocab_size in meta.json), "
+                f"got {tokens.max()} in {path} near token {start}"
+            )
         return tokens
 
 
 def _permute(index: int, n: int, key: str) -> int:
-    """A bijection on 0..n-1 picked by key: a four-round Feistel network on the next power of four, walked until below n."""
+    """A bijection on 0..n-1 picked by key: a four-round Feistel network on the next power of four, walked until below
+    n.
+    """
     bits = max(1, ((n - 1).bit_length() + 1) // 2)
     mask = (1 << bits) - 1
     while True:
@@ -405,8 +464,8 @@ def _permute(index: int, n: int, key: str) -> int:
 def order2_bits(folder: str | Path, smoothing: float = 0.02) -> float | None:
     """Bits per byte on the held-out split of the model that counts bytes after each two bytes of the training split.
 
-    p(c | ab) = (count(abc) + s) / (count(ab) + 256 s). Predicts every byte that has a predecessor, as Batches.sweep; before a shard's first
-    byte it sees a 0. None where tokens are not bytes.
+    p(c | ab) = (count(abc) + s) / (count(ab) + 256 s). Predicts every byte that has a predecessor, as Batches.sweep;
+    before a shard's first byte it sees a 0. None where tokens are not bytes.
     """
     meta = load_meta(folder)
     if meta["tokenizer"] != "byte":

@@ -16,23 +16,30 @@ from fastmoe.trainer.data import Tokenizer, load_tokenizer
 
 
 @torch.no_grad()
-def generate(model: Transformer, ids: list[int], num_tokens: int, temperature: float = 0.8, seed: int = 0,
-             cached: bool = True) -> list[int]:  # fmt: skip
+def generate(
+    model: Transformer, ids: list[int], num_tokens: int, temperature: float = 0.8, seed: int = 0, cached: bool = True
+) -> list[int]:
     """The prompt ids and num_tokens more, drawn from softmax(logits / temperature); the likeliest at temperature 0.
 
-    cached=False computes every position anew for each token: the same result, slowly. Experts take every token, whatever the
-    capacity in training. ValueError for an empty prompt, or ids and tokens that do not fit the model.
+    cached=False computes every position anew for each token: the same result, slowly. Experts take every token,
+    whatever the capacity in training. ValueError for an empty prompt, or ids and tokens that do not fit the model.
     """
     config = model.config
     if not ids:
         raise ValueError("fastmoe.generate: the prompt must have at least one token, got none")
     if num_tokens < 0 or temperature < 0:
-        raise ValueError(f"fastmoe.generate: --tokens and --temperature must be at least 0, got {num_tokens} and {temperature}")
+        raise ValueError(
+            f"fastmoe.generate: --tokens and --temperature must be at least 0, got {num_tokens} and {temperature}"
+        )
     if len(ids) + num_tokens > config.max_seq_len:
-        raise ValueError(f"fastmoe.generate: prompt and --tokens must fit in {config.max_seq_len} positions (model.max_seq_len), "
-                         f"got {len(ids)} + {num_tokens}")  # fmt: skip
+        raise ValueError(
+            f"fastmoe.generate: prompt and --tokens must fit in {config.max_seq_len} positions (model.max_seq_len), "
+            f"got {len(ids)} + {num_tokens}"
+        )
     if max(ids) >= config.vocab_size:
-        raise ValueError(f"fastmoe.generate: prompt ids must be below {config.vocab_size} (model.vocab_size), got {max(ids)}")
+        raise ValueError(
+            f"fastmoe.generate: prompt ids must be below {config.vocab_size} (model.vocab_size), got {max(ids)}"
+        )
     device = next(model.parameters()).device
     random = torch.Generator().manual_seed(seed)
     cache = model.new_cache(1, len(ids) + num_tokens) if cached else None
@@ -66,11 +73,15 @@ def _dropless(model: Transformer) -> Iterator[None]:
 
 
 def load_run(run_dir: str | Path) -> tuple[Transformer, Tokenizer]:
-    """Model (on the GPU where there is one) and tokenizer of a run's newest intact checkpoint. ValueError where there is none."""
+    """Model (on the GPU where there is one) and tokenizer of a run's newest intact checkpoint. ValueError where there
+    is none.
+    """
     run_dir = Path(run_dir)
     path = checkpoint.newest_intact(run_dir / "checkpoints")
     if path is None:
-        raise ValueError(f"fastmoe.generate: --run.dir must be the folder of a run with a checkpoint, got {str(run_dir)!r}")
+        raise ValueError(
+            f"fastmoe.generate: --run.dir must be the folder of a run with a checkpoint, got {str(run_dir)!r}"
+        )
     state = checkpoint.read_state(path)
     config = replace(configs.from_dict(state["config"]).model, capacity_factor=None)
     model = Transformer(config).to("cuda" if torch.cuda.is_available() else "cpu")

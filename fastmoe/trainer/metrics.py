@@ -1,4 +1,6 @@
-"""What a run shows and keeps: metrics.jsonl, printed lines or a progress bar, TensorBoard; the machine and its measured peak."""
+"""What a run shows and keeps: metrics.jsonl, printed lines or a progress bar, TensorBoard; the machine and its measured
+peak.
+"""
 
 from __future__ import annotations
 
@@ -99,7 +101,12 @@ class Metrics:
     """
 
     def __init__(self, run_dir: Path, config: LogConfig, steps: int, restored_step: int, memory_total_gib: float):
-        self.path, self.config, self.steps, self.memory_total = run_dir / "metrics.jsonl", config, steps, memory_total_gib
+        self.path, self.config, self.steps, self.memory_total = (
+            run_dir / "metrics.jsonl",
+            config,
+            steps,
+            memory_total_gib,
+        )
         self.bar = sys.stdout.isatty()
         self.window: list[dict] = []
         self._rewrite(read(self.path, restored_step) if restored_step and self.path.exists() else [])
@@ -111,7 +118,9 @@ class Metrics:
             self.file.write(json.dumps(record) + "\n")
             self.file.flush()
         except OSError as error:
-            raise RuntimeError(f"fastmoe.metrics: cannot write {self.path}: {error.strerror}; the checkpoints are intact") from error
+            raise RuntimeError(
+                f"fastmoe.metrics: cannot write {self.path}: {error.strerror}; the checkpoints are intact"
+            ) from error
         self.window.append(record)
         step = record["step"]
         if self.board:
@@ -164,22 +173,39 @@ class Metrics:
 
     def _line(self, record: dict) -> str:
         speed, memory = self._speed(), record["perf"]["memory_gib"]
-        text = (f"step: {record['step']:2}  loss: {record['loss']:8.5f}  grad_norm: {record['grad_norm']:7.4f}  "
-                f"memory: {memory:5.2f}GiB({100 * memory / self.memory_total:.2f}%)  "
-                f"tps: {round(speed['tokens_per_second']):,}  tflops: {speed['tflops']:,.2f}  mfu: {100 * speed['mfu']:.2f}%  "
-                f"lr: {record['lr']:.2e}  load: {record['load_max_over_mean']:.2f}  drop: {100 * record['drop_rate']:.2f}%")  # fmt: skip
-        return text + (f"  heldout: {record['heldout']:.4f}" if "heldout" in record else "")
+        parts = [
+            f"step: {record['step']:2}",
+            f"loss: {record['loss']:8.5f}",
+            f"grad_norm: {record['grad_norm']:7.4f}",
+            f"memory: {memory:5.2f}GiB({100 * memory / self.memory_total:.2f}%)",
+            f"tps: {round(speed['tokens_per_second']):,}",
+            f"tflops: {speed['tflops']:,.2f}",
+            f"mfu: {100 * speed['mfu']:.2f}%",
+            f"lr: {record['lr']:.2e}",
+            f"load: {record['load_max_over_mean']:.2f}",
+            f"drop: {100 * record['drop_rate']:.2f}%",
+        ]
+        return "  ".join(parts + ([f"heldout: {record['heldout']:.4f}"] if "heldout" in record else []))
 
     def _bar(self, record: dict) -> str:
         seconds = [r["perf"]["step_seconds"] for r in self.window]
         left = round((self.steps - record["step"]) * sum(seconds) / len(seconds))
-        done = record["step"] / self.steps
-        text = (f" {record['step']}/{self.steps}  loss {record['loss']:.4f}  lr {record['lr']:.1e}  norm {record['grad_norm']:.2f}"
-                f"  {round(self._speed()['tokens_per_second']):,} tok/s  mfu {100 * record['perf']['mfu']:.0f}%"
-                f"  {record['perf']['memory_gib']:.1f}GiB  load {record['load_max_over_mean']:.2f}"
-                f"  drop {100 * record['drop_rate']:.1f}%  {left // 60}:{left % 60:02}")  # fmt: skip
-        width = max(0, min(20, shutil.get_terminal_size().columns - len(text) - 1))
-        return ("█" * round(done * width)).ljust(width, "░") + text[: shutil.get_terminal_size().columns - 1]
+        parts = [
+            f" {record['step']}/{self.steps}",
+            f"loss {record['loss']:.4f}",
+            f"lr {record['lr']:.1e}",
+            f"norm {record['grad_norm']:.2f}",
+            f"{round(self._speed()['tokens_per_second']):,} tok/s",
+            f"mfu {100 * record['perf']['mfu']:.0f}%",
+            f"{record['perf']['memory_gib']:.1f}GiB",
+            f"load {record['load_max_over_mean']:.2f}",
+            f"drop {100 * record['drop_rate']:.1f}%",
+            f"{left // 60}:{left % 60:02}",
+        ]
+        columns, text = shutil.get_terminal_size().columns - 1, "  ".join(parts)
+        width = max(0, min(20, columns - len(text)))
+        done = round(width * record["step"] / self.steps)
+        return "█" * done + "░" * (width - done) + text[:columns]
 
     def _board(self, record: dict) -> None:
         for key, value in {**record, **{f"perf/{k}": v for k, v in record["perf"].items()}}.items():
@@ -191,5 +217,7 @@ def _tensorboard(run_dir: Path, restored_step: int):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise ValueError("fastmoe.metrics: --log.tensorboard needs the tensorboard package: pip install tensorboard") from None
+        raise ValueError(
+            "fastmoe.metrics: --log.tensorboard needs the tensorboard package: pip install tensorboard"
+        ) from None
     return SummaryWriter(str(run_dir / "tensorboard"), purge_step=restored_step + 1)

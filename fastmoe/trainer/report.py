@@ -18,10 +18,13 @@ _COLUMNS, _ROWS, _LEVELS = 120, 512, 17  # heat map: steps, rows, colors
 _STYLE = """
 :root { color-scheme: light dark; --page: #f7f7f5; --card: #ffffff; --ink: #1d1f23; --soft: #6a6f78; --rule: #e7e6e2;
   --a: #3454d1; --b: #e8590c; --c: #8a8f98; }
-@media (prefers-color-scheme: dark) { :root { --page: #121316; --card: #1a1c20; --ink: #e9e9e6; --soft: #9aa0a9; --rule: #2b2e34;
-  --a: #8ea6ff; --b: #ffa25c; --c: #777d87; } }
+@media (prefers-color-scheme: dark) {
+  :root { --page: #121316; --card: #1a1c20; --ink: #e9e9e6; --soft: #9aa0a9; --rule: #2b2e34;
+    --a: #8ea6ff; --b: #ffa25c; --c: #777d87; }
+}
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; }
+body { margin: 0; background: var(--page); color: var(--ink);
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; }
 main { max-width: 1120px; margin: 0 auto; padding: 40px 20px 64px; }
 h1 { font-size: 26px; font-weight: 650; letter-spacing: -.02em; margin: 0; overflow-wrap: anywhere; }
 h2 { font-size: 14px; font-weight: 600; margin: 0 0 2px; }
@@ -29,7 +32,8 @@ p { margin: 0; color: var(--soft); }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); gap: 12px; margin: 24px 0 12px; }
 .tile, section { background: var(--card); border: 1px solid var(--rule); border-radius: 12px; }
 .tile { padding: 14px 16px; }
-.tile b { display: block; font-size: 24px; font-weight: 620; letter-spacing: -.02em; font-variant-numeric: tabular-nums; }
+.tile b { display: block; font-size: 24px; font-weight: 620; letter-spacing: -.02em;
+  font-variant-numeric: tabular-nums; }
 .tile span, .tile i { display: block; color: var(--soft); font-size: 12.5px; font-style: normal; }
 .grid { display: grid; grid-template-columns: repeat(12, 1fr); gap: 12px; }
 section { padding: 16px 18px; grid-column: span 12; min-width: 0; }
@@ -45,13 +49,15 @@ svg text { fill: var(--soft); font: 11px system-ui, sans-serif; font-variant-num
 .a { stroke: var(--a); } .b { stroke: var(--b); } .c { stroke: var(--c); }
 circle.b { fill: var(--card); stroke-width: 2; }
 .cursor { stroke: var(--soft); stroke-width: 1; visibility: hidden; }
-.key { display: flex; flex-wrap: wrap; gap: 4px 16px; font-size: 12.5px; color: var(--soft); }
-.key span::before { content: ""; display: inline-block; width: 14px; height: 3px; border-radius: 2px; margin: 0 6px 3px 0;
-  background: var(--c); }
-.key .ka::before { background: var(--a); } .key .kb::before { background: var(--b); }
-#tip { position: fixed; pointer-events: none; display: none; background: var(--ink); color: var(--page); border-radius: 7px;
-  padding: 6px 10px; font-size: 12.5px; line-height: 1.45; white-space: pre; font-variant-numeric: tabular-nums; z-index: 1; }
-pre { margin: 8px 0 0; font: 12.5px/1.5 ui-monospace, Menlo, Consolas, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
+.key { margin-right: 16px; }
+.key::before { content: ""; display: inline-block; width: 14px; height: 3px; border-radius: 2px;
+  margin: 0 6px 3px 0; background: var(--c); }
+.ka::before { background: var(--a); } .kb::before { background: var(--b); }
+#tip { position: fixed; z-index: 1; display: none; pointer-events: none; background: var(--ink); color: var(--page);
+  border-radius: 7px; padding: 6px 10px; font-size: 12.5px; line-height: 1.45; white-space: pre;
+  font-variant-numeric: tabular-nums; }
+pre { margin: 8px 0 0; font: 12.5px/1.5 ui-monospace, Menlo, Consolas, monospace; white-space: pre-wrap;
+  overflow-wrap: anywhere; }
 .settings { columns: 250px; column-gap: 28px; margin-top: 8px; }
 table { width: 100%; border-collapse: collapse; break-inside: avoid; margin-bottom: 14px; font-size: 12.5px; }
 th { text-align: left; padding: 3px 0; border-bottom: 1px solid var(--rule); }
@@ -67,7 +73,7 @@ const show = (event, text) => {
   tip.style.left = Math.max(4, Math.min(event.clientX + 14, innerWidth - tip.offsetWidth - 8)) + 'px';
   tip.style.top = Math.max(4, event.clientY - tip.offsetHeight - 12) + 'px';
 };
-const number = v => v == null ? '\\u2013' : Math.abs(v) >= 1e4 ? Math.round(v).toLocaleString('en') : +v.toPrecision(4) + '';
+const number = v => Math.abs(v) >= 1e4 ? Math.round(v).toLocaleString('en') : `${+v.toPrecision(4)}`;
 for (const svg of document.querySelectorAll('svg[data-plot]')) {
   const d = JSON.parse(svg.dataset.plot), box = svg.viewBox.baseVal, cursor = svg.querySelector('.cursor');
   svg.onmouseleave = () => { tip.style.display = 'none'; if (cursor) cursor.style.visibility = 'hidden'; };
@@ -80,21 +86,23 @@ for (const svg of document.querySelectorAll('svg[data-plot]')) {
       const column = Math.min(d.x.length - 1, Math.floor(part * d.x.length));
       const row = d.rows.findIndex(r => py >= r[0] && py < r[0] + d.height);
       if (row < 0) return svg.onmouseleave();
-      return show(event, `step ${d.x[column]}\\n${d.rows[row][1]}\\n${d.values[row][column].toFixed(2)} \\u00d7 the mean`);
+      const share = d.values[row][column].toFixed(2);
+      return show(event, `step ${d.x[column]}\\n${d.rows[row][1]}\\n${share} \\u00d7 the mean`);
     }
     const wanted = d.x[0] + part * (d.x[d.x.length - 1] - d.x[0]);
     let i = 0;
     while (i + 1 < d.x.length && Math.abs(d.x[i + 1] - wanted) <= Math.abs(d.x[i] - wanted)) i++;
     const span = d.x[d.x.length - 1] - d.x[0] || 1, x = d.left + (d.x[i] - d.x[0]) / span * (d.right - d.left);
     cursor.setAttribute('x1', x); cursor.setAttribute('x2', x); cursor.style.visibility = 'visible';
-    show(event, [`step ${d.x[i]}`, ...d.series.filter(s => s[1][i] != null).map(s => `${s[0]}  ${number(s[1][i])}`)].join('\\n'));
+    const shown = d.series.filter(([, values]) => values[i] != null);
+    show(event, [`step ${d.x[i]}`, ...shown.map(([name, values]) => `${name}  ${number(values[i])}`)].join('\\n'));
   };
 }
 """
 
 
 def report(run_dir: str | Path) -> Path:
-    """Writes `<run_dir>/report.html` from run.json, metrics.jsonl and, of a finished run, summary.json; returns its path.
+    """Writes `<run_dir>/report.html` from run.json, metrics.jsonl and, of a finished run, summary.json; returns it.
 
     ValueError where the folder is no run or has no finished step.
     """
@@ -121,139 +129,185 @@ def _page(run_dir: Path, run: dict, records: list[dict], summary: dict) -> str:
     unit, name = f"bits/{run['unit']}", run_dir.resolve().name
     few = [_mean(chunk) for chunk in _chunks(records, MAX_POINTS)]
     steps = [record["step"] for record in few]
-    loss = [record["loss"] / math.log(2) for record in few]
-    heldout = {record["step"]: record["heldout"] for record in records if "heldout" in record}
-    heldout = [next((value for step, value in heldout.items() if low < step <= high), None)
-               for low, high in zip([0, *steps], steps)]  # fmt: skip
-    series = [("training, this step", "line a faint", loss), ("training, smoothed", "line a", _smooth(loss)),
-              ("held-out", "dots b", heldout)]  # fmt: skip
-    key = '<span class="ka">training</span><span class="kb">held-out</span>'
-    if summary.get("order2") is not None:
-        series.append(("order-2 model, held-out", "line c dashed", [summary["order2"]] * len(steps)))
-        key += "<span>order-2 model, held-out</span>"
 
-    def perf(key: str) -> list[float]:
-        return [record["perf"][key] for record in few]
+    def chart(id_: str, title: str, note: str, values: list[float]) -> str:
+        return _section(
+            id_, title, note or "&nbsp;", _chart(title, steps, [(title, "line a", values)], 520, 190), "half"
+        )
 
-    halves = [("learning-rate", "Learning rate", "", [record["lr"] for record in few]),
-              ("grad-norm", "Gradient norm", "before clipping", [record["grad_norm"] for record in few]),
-              ("throughput", "Tokens per second", "", perf("tokens_per_second")),
-              ("memory", "Peak memory", "GiB", perf("memory_gib")),
-              ("max-load", "Expert load, max / mean", "of the most uneven layer; 1 is even",
-               [record["load_max_over_mean"] for record in few]),
-              ("drop-rate", "Drop rate", "% of slots past an expert's capacity", [100 * record["drop_rate"] for record in few])]  # fmt: skip
-    charts = [f'<section id="loss"><h2>Loss, {unit}</h2><div class="key">{key}</div>{_chart("Loss", steps, series, 1060, 300)}</section>']
-    charts += [f'<section id="{id_}" class="half"><h2>{title}</h2><p>{note or "&nbsp;"}</p>'
-               f"{_chart(title, steps, [(title, 'line a', values)], 520, 190)}</section>" for id_, title, note, values in halves]  # fmt: skip
-    sample = summary.get("sample")
-    if sample:
-        charts.append(f'<section id="sample"><h2>Sample</h2><p>what the model writes at temperature 0.8</p><pre>{escape(sample)}</pre></section>')
-    charts.insert(1, _heat_map(records, run["config"]["model"]["num_dense_layers"]))
+    loss, key = _loss(steps, few, records, summary)
+    parts = [
+        _section("loss", f"Loss, {unit}", key, _chart("Loss", steps, loss, 1060, 300)),
+        _heat_map(records, run["config"]["model"]["num_dense_layers"]),
+        chart("learning-rate", "Learning rate", "", [record["lr"] for record in few]),
+        chart("grad-norm", "Gradient norm", "before clipping", [record["grad_norm"] for record in few]),
+        chart("throughput", "Tokens per second", "", [record["perf"]["tokens_per_second"] for record in few]),
+        chart("memory", "Peak memory", "GiB", [record["perf"]["memory_gib"] for record in few]),
+        chart("max-load", "Expert load, max / mean", "of the most uneven layer; 1 is even",
+              [record["load_max_over_mean"] for record in few]),
+        chart("drop-rate", "Drop rate", "% of slots past an expert's capacity",
+              [100 * record["drop_rate"] for record in few]),
+    ]  # fmt: skip
+    if summary.get("sample"):
+        body = f"<pre>{escape(summary['sample'])}</pre>"
+        parts.append(_section("sample", "Sample", "what the model writes at temperature 0.8", body))
+    parts.append(_section("config", "Settings", "bold: not the default", _settings(run["config"])))
+    done = f"step {records[-1]['step']:,} of {run['config']['train']['steps']:,}"
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>fastmoe: {escape(name)}</title><style>{_STYLE}{_palette()}</style></head>
-<body><main><h1>{escape(name)}</h1><p>step {records[-1]["step"]:,} of {run["config"]["train"]["steps"]:,} · {escape(run["machine"])}</p>
+<body><main><h1>{escape(name)}</h1><p>{done} · {escape(run["machine"])}</p>
 <div class="tiles">{_tiles(run, records, summary, unit)}</div>
-<div class="grid">{"".join(charts)}<section id="config"><h2>Settings</h2><p>bold: not the default</p>{_settings(run["config"])}</section></div>
+<div class="grid">{"".join(parts)}</div>
 </main><div id="tip"></div><script>{_SCRIPT}</script></body></html>
 """
+
+
+def _section(id_: str, title: str, note: str, body: str, classes: str = "") -> str:
+    return f'<section id="{id_}" class="{classes}"><h2>{title}</h2><p>{note}</p>{body}</section>'
+
+
+def _loss(
+    steps: list[int], few: list[dict], records: list[dict], summary: dict
+) -> tuple[list[tuple[str, str, list]], str]:
+    """Series of the loss chart, in bits, and its key."""
+    known = {record["step"]: record["heldout"] for record in records if "heldout" in record}
+    heldout = []
+    for low, high in zip([0, *steps], steps):
+        heldout.append(next((value for step, value in known.items() if low < step <= high), None))
+    bits = [record["loss"] / math.log(2) for record in few]
+    series = [
+        ("training, this step", "line a faint", bits),
+        ("training, smoothed", "line a", _smooth(bits)),
+        ("held-out", "dots b", heldout),
+    ]
+    key = '<span class="key ka">training</span><span class="key kb">held-out</span>'
+    if summary.get("order2") is not None:
+        series.append(("order-2 model, held-out", "line c dashed", [summary["order2"]] * len(steps)))
+        key += '<span class="key">order-2 model, held-out</span>'
+    return series, key
 
 
 def _tiles(run: dict, records: list[dict], summary: dict, unit: str) -> str:
     last, perf = records[-1], [record["perf"] for record in records]
     known = [record["heldout"] for record in records if "heldout" in record]
     heldout, order2 = summary.get("heldout", known[-1] if known else None), summary.get("order2")
-    seconds = summary.get("seconds", sum(p["step_seconds"] for p in perf))
+    seconds = int(summary.get("seconds", sum(p["step_seconds"] for p in perf)))
+    rate, mfu, step_seconds = (median(p[key] for p in perf) for key in ("tokens_per_second", "mfu", "step_seconds"))
     epochs = last["tokens"] / run["train_tokens"]
     tiles = [
-        ("held-out", f"{heldout:.3f}" if heldout is not None else "–", f"{unit}{'' if summary else ', so far'}"),
-        ("order-2 model", f"{order2:.3f}" if order2 is not None else "–",
-         f"{unit}; the model is {order2 - heldout:+.3f} ahead" if order2 is not None else unit),
+        ("held-out", "–" if heldout is None else f"{heldout:.3f}", f"{unit}{'' if summary else ', so far'}"),
+        ("order-2 model", "–" if order2 is None else f"{order2:.3f}", f"{unit}, counts of bytes after two bytes"),
         ("training loss", f"{last['loss'] / math.log(2):.3f}", f"{unit} ({last['loss']:.3f} nats), last step"),
-        ("tokens per second", f"{median(p['tokens_per_second'] for p in perf):,.0f}",
-         f"{100 * median(p['mfu'] for p in perf):.0f}% of the measured peak"),
+        ("tokens per second", f"{rate:,.0f}", f"{100 * mfu:.0f}% of the measured peak"),
         ("parameters", _short(run["parameters"]), f"{_short(run['active_parameters'])} active a token"),
         ("tokens seen", _short(last["tokens"]), f"{epochs:.2f} epochs of {_short(run['train_tokens'])}"),
-        ("training time", f"{int(seconds) // 60}:{int(seconds) % 60:02d}", f"{1000 * median(p['step_seconds'] for p in perf):.0f} ms a step"),
-        ("peak memory", f"{max(p['memory_gib'] for p in perf):.2f} GiB", run["config"]["train"]["dtype"]),
-    ]  # fmt: skip
-    return "".join(f'<div class="tile"><span>{title}</span><b>{value}</b><i>{escape(note)}</i></div>' for title, value, note in tiles)
+        ("training time", f"{seconds // 60}:{seconds % 60:02d}", f"minutes; {1000 * step_seconds:.0f} ms a step"),
+        (
+            "peak memory",
+            f"{max(p['memory_gib'] for p in perf):.2f} GiB",
+            f"computing in {run['config']['train']['dtype']}",
+        ),
+    ]
+    return "".join(
+        f'<div class="tile"><span>{title}</span><b>{value}</b><i>{escape(note)}</i></div>'
+        for title, value, note in tiles
+    )
+
+
+def _text(x: float, y: float, content: str, anchor: str = "end") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{content}</text>'
+
+
+def _svg(width: float, height: float, title: str, plot: dict, body: str) -> str:
+    """plot: what the script needs for the tooltip."""
+    data = escape(json.dumps(plot, separators=(",", ":")))
+    return f'<svg viewBox="0 0 {width} {height:.0f}" role="img" aria-label="{title}" data-plot="{data}">{body}</svg>'
 
 
 def _chart(title: str, steps: Sequence[int], series: list[tuple[str, str, list]], width: int, height: int) -> str:
     """series: (name, css classes starting with line or dots, a value or None for each step)."""
     left, right, top, bottom = 52, width - 8, 8, height - 24
-    ys = [y for _, _, values in series for y in values if y is not None]
-    low, high, ticks = _axis(min(ys), max(ys))
+    known = [y for _, _, values in series for y in values if y is not None]
+    low, high, ticks = _axis(min(known), max(known))
+    first, last = steps[0], steps[-1]
 
     def x(step: float) -> float:
-        return left + (step - steps[0]) / ((steps[-1] - steps[0]) or 1) * (right - left)
+        return left + (step - first) / ((last - first) or 1) * (right - left)
 
     def y(value: float) -> float:
         return bottom - (value - low) / (high - low) * (bottom - top)
 
-    parts = [f'<line class="gridline" x1="{left}" x2="{right}" y1="{y(t):.1f}" y2="{y(t):.1f}"/>'
-             f'<text x="{left - 8}" y="{y(t) + 4:.1f}" text-anchor="end">{_label(t)}</text>' for t in ticks]  # fmt: skip
-    first, last = steps[0], steps[-1]
-    marks = sorted({first, last, *(t for t in _axis(first, last)[2] if first < t < last and (last - t) > (last - first) / 12)})
-    parts += [f'<text x="{x(t):.1f}" y="{height - 6}" text-anchor="{"end" if t == last else "middle"}">{t:,.0f}</text>'
-              for t in marks if t == last or (x(t) - left < (right - left) * 0.94)]  # fmt: skip
+    parts = []
+    for tick in ticks:
+        parts.append(f'<line class="gridline" x1="{left}" x2="{right}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
+        parts.append(_text(left - 8, y(tick) + 4, _label(tick)))
+    for tick in [first, *_axis(first, last)[2]]:
+        if tick == first or first + (last - first) * 0.06 < tick < last - (last - first) * 0.08:
+            parts.append(_text(x(tick), height - 6, f"{tick:,.0f}", "middle"))
+    parts += [_text(right, height - 6, f"{last:,}")] if last > first else []
     for _, classes, values in series:
         points = [(x(step), y(value)) for step, value in zip(steps, values) if value is not None]
         if classes.startswith("dots"):
             parts += [f'<circle class="{classes[5:]}" cx="{px:.1f}" cy="{py:.1f}" r="4"/>' for px, py in points]
         else:
-            parts.append(f'<polyline class="{classes}" points="{" ".join(f"{px:.1f},{py:.1f}" for px, py in points)}"/>')
+            path = " ".join(f"{px:.1f},{py:.1f}" for px, py in points)
+            parts.append(f'<polyline class="{classes}" points="{path}"/>')
     parts.append(f'<line class="cursor" y1="{top}" y2="{bottom}"/>')
-    plot = {"left": left, "right": right, "x": steps,
-            "series": [(name, [v if v is None else float(f"{v:.5g}") for v in values]) for name, _, values in series]}  # fmt: skip
-    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{title}" data-plot="{_attribute(plot)}">{"".join(parts)}</svg>'
+    short = [(name, [v if v is None else float(f"{v:.5g}") for v in values]) for name, _, values in series]
+    return _svg(width, height, title, {"left": left, "right": right, "x": steps, "series": short}, "".join(parts))
 
 
 def _heat_map(records: list[dict], first_layer: int) -> str:
-    """Rows: experts by layer. Columns: steps. Color: an expert's tokens over the layer's mean, log scale from 1/4 to 4."""
-    head = '<section id="load"><h2>Expert load by layer and step</h2>'
+    """Rows: experts by layer. Columns: steps. Color: an expert's tokens over the layer's mean, log scale, 1/4 to 4."""
+    title = "Expert load by layer and step"
     key = "load" if "load" in records[0] else "load_quantiles"
     if not records[0][key]:
-        return f"{head}<p>this model has no MoE layer</p></section>"
+        return _section("load", title, "this model has no MoE layer", "")
     layers, experts = len(records[0][key]), len(records[0][key][0])
     chunks = _chunks(records, _COLUMNS)
-    columns = [[[sum(record[key][layer][e] for record in chunk) / len(chunk) for e in range(experts)] for layer in range(layers)]
-               for chunk in chunks]  # fmt: skip
     names = [f"expert {e}" if key == "load" else f"quantile {e}/{experts - 1} of the experts" for e in range(experts)]
-    whole = layers * experts > _ROWS
-    names = ["the busiest expert"] if whole else names
+    busiest = layers * experts > _ROWS
+    names = ["the busiest expert"] if busiest else names
     height = max(2.0, min(14.0, 400 / (layers * len(names))))
-    left, right, top, gap = 60, 1052, 4, 0 if whole else 5
-    rows, labels, values = [], [], []
+    left, right, top, gap = 60, 1052, 4, 0 if busiest else 5
+    cell = (right - left) / len(chunks)
+    rows, values, labels, paths = [], [], [], [""] * _LEVELS
     for layer in range(layers):
         start = top + layer * (len(names) * height + gap)
-        middle = start + len(names) * height / 2 + 4
         if layers <= 24 or layer % 4 == 0:
-            labels.append(f'<text x="{left - 8}" y="{middle:.1f}" text-anchor="end">layer {first_layer + layer}</text>')
-        shares = [[value * experts / (sum(column[layer]) or 1) for value in column[layer]] for column in columns]
-        shares = [[max(share)] for share in shares] if whole else shares
+            labels.append(_text(left - 8, start + len(names) * height / 2 + 4, f"layer {first_layer + layer}"))
+        shares = [_shares(chunk, key, layer, busiest) for chunk in chunks]
         for e, name in enumerate(names):
             rows.append((round(start + e * height, 2), f"layer {first_layer + layer}, {name}"))
             values.append([round(share[e], 2) for share in shares])
-    cell, paths = (right - left) / len(columns), [""] * _LEVELS
     for (y, _), row in zip(rows, values):
         for column, value in enumerate(row):
-            paths[_level(value)] += f"M{left + column * cell:.1f} {y}h{cell + 0.3:.1f}v{height + 0.1:.1f}h-{cell + 0.3:.1f}z"
+            box = f"h{cell + 0.3:.1f}v{height + 0.1:.1f}h-{cell + 0.3:.1f}z"
+            paths[_level(value)] += f"M{left + column * cell:.1f} {y}{box}"
     bottom = top + layers * (len(names) * height + gap)
-    first, last = records[0]["step"], records[-1]["step"]
-    axis = (f'<text x="{left}" y="{bottom + 14:.0f}">{first:,}</text>'
-            f'<text x="{right}" y="{bottom + 14:.0f}" text-anchor="end">{last:,}</text>')  # fmt: skip
+    steps = [chunk[-1]["step"] for chunk in chunks]
+    plot = {"left": left, "right": right, "x": steps, "rows": rows, "height": height, "values": values}
     cells = "".join(f'<path class="h{level}" d="{path}"/>' for level, path in enumerate(paths) if path)
-    scale = "".join(f'<rect class="h{i}" x="{i * 12}" y="0" width="12.3" height="10"/>' for i in range(_LEVELS))
-    ticks = "".join(f'<text x="{6 + i * 48}" y="24" text-anchor="middle">{text}</text>' for i, text in enumerate(("¼×", "½×", "1×", "2×", "4×")))
-    plot = {"left": left, "right": right, "x": [chunk[-1]["step"] for chunk in chunks], "rows": rows, "height": height, "values": values}
-    return (
-        f"{head}<p>tokens of an expert over its layer's mean; 1× is even</p>"
-        f'<svg viewBox="-6 0 220 28" style="width:220px" role="img" aria-label="Color scale">{scale}{ticks}</svg>'
-        f'<svg viewBox="0 0 1060 {bottom + 20:.0f}" role="img" aria-label="Expert load" data-plot="{_attribute(plot)}">'
-        f"{labels and ''.join(labels)}{cells}{axis}</svg></section>"
-    )
+    axis = _text(left, bottom + 14, f"{records[0]['step']:,}", "start") + _text(right, bottom + 14, f"{steps[-1]:,}")
+    picture = _svg(1060, bottom + 20, "Expert load", plot, "".join(labels) + cells + axis)
+    return _section("load", title, "tokens of an expert over its layer's mean; 1× is even", _color_scale() + picture)
+
+
+def _shares(chunk: list[dict], key: str, layer: int, busiest: bool) -> list[float]:
+    """Each expert's (or quantile's) tokens over the mean, averaged over the records; of the busiest alone if asked."""
+    shares = []
+    for record in chunk:
+        mean = sum(record[key][layer]) / len(record[key][layer]) or 1
+        share = [value / mean for value in record[key][layer]]
+        shares.append([max(share)] if busiest else share)
+    return [sum(row) / len(row) for row in zip(*shares)]
+
+
+def _color_scale() -> str:
+    boxes = "".join(f'<rect class="h{i}" x="{i * 12}" y="0" width="12.3" height="10"/>' for i in range(_LEVELS))
+    ticks = "".join(_text(6 + i * 48, 24, text, "middle") for i, text in enumerate(("¼×", "½×", "1×", "2×", "4×")))
+    return f'<svg viewBox="-6 0 220 28" style="width:220px" role="img" aria-label="Color scale">{boxes}{ticks}</svg>'
 
 
 def _settings(config: dict) -> str:
@@ -294,7 +348,11 @@ def _mean(chunk: list[dict]) -> dict:
     """Means of the numbers, at the last step of the chunk."""
 
     def mean(values: list[dict]) -> dict:
-        return {key: sum(value[key] for value in values) / len(values) for key, x in values[0].items() if isinstance(x, int | float)}
+        return {
+            key: sum(value[key] for value in values) / len(values)
+            for key, x in values[0].items()
+            if isinstance(x, int | float)
+        }
 
     return {**mean([{**record, "heldout": 0} for record in chunk]), "perf": mean([record["perf"] for record in chunk]),
             "step": chunk[-1]["step"]}  # fmt: skip
@@ -326,7 +384,3 @@ def _short(value: float) -> str:
         if abs(value) >= size:
             return f"{value / size:.3g} {letter}"
     return f"{value:.4g}"
-
-
-def _attribute(value: dict) -> str:
-    return escape(json.dumps(value, separators=(",", ":")))

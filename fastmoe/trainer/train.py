@@ -50,23 +50,31 @@ class Result:
 def train(config: Config) -> Result:
     """Trains as configured; writes metrics.jsonl, checkpoints, summary.json and report.html into config.run.dir.
 
-    SIGTERM and SIGINT end the run after the step at hand with a checkpoint (a second SIGINT at once, without).
-    Raises ValueError for settings or data that cannot serve, FloatingPointError for a loss, router logit or gradient that is not
-    finite (before it reaches the weights), CheckpointError where a checkpoint cannot be written or none can be read.
+    SIGTERM and SIGINT end the run after the step at hand with a checkpoint (a second SIGINT at once, without). Raises
+    ValueError for settings or data that cannot serve, FloatingPointError for a loss, router logit or gradient that is
+    not finite (before it reaches the weights), CheckpointError where a checkpoint cannot be written or none can be
+    read.
     """
     configs.check(config)
     device = _device(config.train.device)
     run_dir = Path(config.run.dir)
     with _Signals() as signals, _run_dir(run_dir):
         folder = Path(config.data.path) if config.data.path else data.default_corpus()
-        batches, heldout = (data.Batches(folder, split, config.train.seq_len, config.train.seed, config.model.vocab_size)
-                            for split in data.SPLITS)  # fmt: skip
+        settings = config.train.seq_len, config.train.seed, config.model.vocab_size
+        batches, heldout = (data.Batches(folder, split, *settings) for split in data.SPLITS)
         return _Run(config, device, run_dir, batches, heldout, signals).train()
 
 
 class _Run:
-    def __init__(self, config: Config, device: torch.device, run_dir: Path, batches: data.Batches, heldout: data.Batches,
-                 signals: _Signals):  # fmt: skip
+    def __init__(
+        self,
+        config: Config,
+        device: torch.device,
+        run_dir: Path,
+        batches: data.Batches,
+        heldout: data.Batches,
+        signals: _Signals,
+    ):
         self.config, self.device, self.run_dir, self.signals = config, device, run_dir, signals
         self.batches, self.heldout = batches, heldout
         self.byte_tokens = batches.meta["tokenizer"] == "byte"
@@ -87,7 +95,9 @@ class _Run:
         dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
         self.peak = metrics.measured_peak(device.type, dtype)
         self.flops_per_token = self.model.flops_per_token(config.train.seq_len)
-        self.metrics = metrics.Metrics(run_dir, config.log, config.train.steps, self.step, metrics.memory_gib(device)[1])
+        self.metrics = metrics.Metrics(
+            run_dir, config.log, config.train.steps, self.step, metrics.memory_gib(device)[1]
+        )
 
     def train(self) -> Result:
         config = self.config
@@ -107,7 +117,10 @@ class _Run:
             seconds = time.perf_counter() - start
             if self.step > first:
                 tokens = (self.step - first) * config.train.batch_size * config.train.seq_len
-                self.metrics.note(f"trained {self.step - first} steps in {seconds:.0f} s ({tokens:,} tokens, {tokens / seconds:,.0f}/s)")
+                self.metrics.note(
+                    f"trained {self.step - first} steps in {seconds:.0f} s ({tokens:,} tokens, "
+                    f"{tokens / seconds:,.0f}/s)"
+                )
             return self._finish()
         finally:
             self.metrics.close()
@@ -125,7 +138,12 @@ class _Run:
             with self._naming_the_step(ids_BS), self._autocast():
                 out = self.forward(ids_BS, targets_BS)
             ((out.loss + out.aux_loss) / train.grad_accumulation).backward()
-            parts = (torch.stack([out.loss.detach(), out.aux_loss.detach()]), out.nan_tokens_L, out.dropped_L, out.load_LE.flatten())
+            parts = (
+                torch.stack([out.loss.detach(), out.aux_loss.detach()]),
+                out.nan_tokens_L,
+                out.dropped_L,
+                out.load_LE.flatten(),
+            )
             row = torch.cat([part.double() for part in parts])
             sums = row if sums is None else sums + row
         sums = torch.cat([grad_norm(self.parameters).double().view(1), sums]).cpu()
@@ -163,7 +181,9 @@ class _Run:
 
     def _not_finite(self, what: str) -> FloatingPointError:
         kept = f"the last checkpoint is {self.saved}" if self.saved else "there is no checkpoint yet"
-        return FloatingPointError(f"fastmoe.train: step {self.step + 1}: {what}; the weights of step {self.step} are as they were, {kept}")
+        return FloatingPointError(
+            f"fastmoe.train: step {self.step + 1}: {what}; the weights of step {self.step} are as they were, {kept}"
+        )
 
     @contextmanager
     def _naming_the_step(self, ids_BS: torch.Tensor) -> Iterator[None]:
@@ -174,7 +194,10 @@ class _Run:
             if "topk_gate" not in str(error):
                 raise
             entered = []
-            hooks = [layer.register_forward_pre_hook(lambda *_, i=i: entered.append(i)) for i, layer in enumerate(self.model.layers)]
+            hooks = [
+                layer.register_forward_pre_hook(lambda *_, i=i: entered.append(i))
+                for i, layer in enumerate(self.model.layers)
+            ]
             try:
                 with torch.no_grad(), self._autocast():
                     self.model(ids_BS, ids_BS)
@@ -213,7 +236,9 @@ class _Run:
         tokenizer = data.load_tokenizer(self.batches.meta["tokenizer"], self.batches.folder)
         prompt = list(tokenizer.encode("def ")) if self.byte_tokens else tokenizer.separator
         room = max(0, min(_SAMPLE_TOKENS, self.config.model.max_seq_len - len(prompt)))
-        sample = tokenizer.decode(generate(self.model, prompt[: self.config.model.max_seq_len], room, seed=self.config.train.seed))
+        sample = tokenizer.decode(
+            generate(self.model, prompt[: self.config.model.max_seq_len], room, seed=self.config.train.seed)
+        )
         summary = {"step": self.step, "seconds": self.seconds, "heldout": heldout, "order2": order2, "sample": sample}
         _write_json(self.run_dir / "summary.json", summary)
         page = report(self.run_dir)
@@ -236,15 +261,19 @@ class _Run:
         self.metrics.sync()
         state = {"position": self.position, "seconds": self.seconds, "config": asdict(self.config),
                  "tokenizer": self.batches.meta["tokenizer"], "data": self.data_digest}  # fmt: skip
-        self.saved = checkpoint.save(self.checkpoints, self.step, self.model, self.optimizer, state, self.config.checkpoint.keep)
+        self.saved = checkpoint.save(
+            self.checkpoints, self.step, self.model, self.optimizer, state, self.config.checkpoint.keep
+        )
 
     def _resume(self) -> None:
         config = self.config
         checkpoint.clean(self.checkpoints)
         if not config.run.resume:
             if checkpoint.steps(self.checkpoints):
-                raise ValueError(f"fastmoe.train: {self.checkpoints} holds checkpoints of an earlier run; go on with it (--resume) or "
-                                 f"start in another folder (--run.dir)")  # fmt: skip
+                raise ValueError(
+                    f"fastmoe.train: {self.checkpoints} holds checkpoints of an earlier run; go on with it (--resume) "
+                    f"or start in another folder (--run.dir)"
+                )
             return
         path = checkpoint.newest_intact(self.checkpoints)
         if path is None:
@@ -254,9 +283,14 @@ class _Run:
         given, was = configs.flat(config), configs.flat(configs.from_dict(state["config"]))
         for name, value in given.items():
             if name.startswith("model.") and name not in _FREE and value != was[name]:
-                raise ValueError(f"fastmoe.train: --{name.replace('_', '-')} must be {was[name]} as in {path}, got {value}")
+                raise ValueError(
+                    f"fastmoe.train: --{name.replace('_', '-')} must be {was[name]} as in {path}, got {value}"
+                )
         if config.train.steps < state["step"]:
-            raise ValueError(f"fastmoe.train: --train.steps must be at least {state['step']}, the step of {path}, got {config.train.steps}")
+            raise ValueError(
+                f"fastmoe.train: --train.steps must be at least {state['step']}, the step of {path}, got "
+                f"{config.train.steps}"
+            )
         checkpoint.set_aside(self.checkpoints, state["step"])
         checkpoint.load_training(path, self.model, self.optimizer)
         self.step, self.position, self.seconds, self.saved = state["step"], state["position"], state["seconds"], path
@@ -272,14 +306,23 @@ class _Run:
         experts = [p.numel() for name, p in self.model.named_parameters() if ".experts." in name]
         total, model = self.model.num_parameters(), self.config.model
         active = total - round(sum(experts) * (1 - model.top_k / model.num_experts))
-        about = {"config": asdict(self.config), "machine": metrics.machine(self.device), "parameters": total,
-                 "active_parameters": active, "unit": "byte" if self.byte_tokens else "token", "data": str(self.batches.folder),
-                 "train_tokens": sum(map(len, self.batches.shards))}  # fmt: skip
+        about = {
+            "config": asdict(self.config),
+            "machine": metrics.machine(self.device),
+            "parameters": total,
+            "active_parameters": active,
+            "unit": "byte" if self.byte_tokens else "token",
+            "data": str(self.batches.folder),
+            "train_tokens": sum(map(len, self.batches.shards)),
+        }
         _write_json(self.run_dir / "run.json", about)
         if not self.byte_tokens:
             shutil.copyfile(self.batches.folder / "tokenizer.json", self.run_dir / "tokenizer.json")
-        print(f"{about['machine']}\n{total:,} parameters, {active:,} active a token; data {about['data']} "
-              f"({about['train_tokens']:,} tokens); run {self.run_dir}", flush=True)  # fmt: skip
+        print(about["machine"])
+        print(
+            f"{total:,} parameters, {active:,} active a token; data {about['data']} ({about['train_tokens']:,} tokens)"
+        )
+        print(f"run {self.run_dir}", flush=True)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.dtype == "bf16")
@@ -289,7 +332,9 @@ class _Run:
 
 
 class _Signals:
-    """Notes SIGTERM and SIGINT instead of dying at once; a second SIGINT interrupts. Does nothing outside the main thread."""
+    """Notes SIGTERM and SIGINT instead of dying at once; a second SIGINT interrupts. Does nothing outside the main
+    thread.
+    """
 
     def __init__(self):
         self.received: int | None = None
@@ -313,17 +358,21 @@ class _Signals:
 
 @contextmanager
 def _run_dir(path: Path) -> Iterator[None]:
-    """Makes the folder and holds its lock: one run at a time. The kernel lets go of the lock however the process ends."""
+    """Makes the folder and holds its lock: one run at a time. The lock goes with the process, however that ends."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = open(path / ".lock", "a")  # noqa: SIM115
     except OSError as error:
-        raise ValueError(f"fastmoe.train: --run.dir must be a folder to write to, got {str(path)!r}: {error.strerror}") from None
+        raise ValueError(
+            f"fastmoe.train: --run.dir must be a folder to write to, got {str(path)!r}: {error.strerror}"
+        ) from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"fastmoe.train: another process is training in {path}; wait for it or choose another --run.dir") from None
+            raise ValueError(
+                f"fastmoe.train: another process is training in {path}; wait for it or choose another --run.dir"
+            ) from None
         except OSError:  # a file system without locks
             pass
         yield
@@ -336,7 +385,9 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"fastmoe.train: --train.device must be auto or a device of this machine, got {name!r}: {error}") from None
+        raise ValueError(
+            f"fastmoe.train: --train.device must be auto or a device of this machine, got {name!r}: {error}"
+        ) from None
     return device
 
 

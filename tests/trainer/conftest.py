@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastmoe.config import CheckpointConfig, Config, DataConfig, EvalConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from fastmoe.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+)
 from fastmoe.trainer import data
 
 
@@ -61,9 +70,11 @@ def tiny(tmp_path, corpus):
 @pytest.fixture(scope="session")
 def flags(corpus):
     """Command-line words for the same tiny run."""
-    return ["--model.d-model", "32", "--model.num-layers", "2", "--model.num-experts", "4", "--model.d-ff", "32", "--optim.warmup-steps",
-            "2", "--train.batch-size", "4", "--train.seq-len", "32", "--train.device", "cpu", "--data.path", str(corpus), "--eval.every",
-            "3", "--eval.tokens", "128"]  # fmt: skip
+    words = (
+        "--model.d-model 32 --model.num-layers 2 --model.num-experts 4 --model.d-ff 32 --optim.warmup-steps 2 "
+        "--train.batch-size 4 --train.seq-len 32 --train.device cpu --eval.every 3 --eval.tokens 128"
+    )
+    return [*words.split(), "--data.path", str(corpus)]
 
 
 @pytest.fixture

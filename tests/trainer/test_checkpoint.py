@@ -70,12 +70,21 @@ def test_order_is_by_number_and_old_ones_go(three):
     assert sorted(path.name for path in three.iterdir()) == ["step-00000010", "step-00000011"]
 
 
-@pytest.mark.parametrize("damage", [
-    lambda d: flip(d / "model-00001.safetensors"), lambda d: flip(d / "optimizer-00001.safetensors"), lambda d: flip(d / "state.json"),
-    lambda d: os.truncate(d / "model-00001.safetensors", 100), lambda d: (d / "model-00001.safetensors").unlink(),
-    lambda d: (d / "rng-00001.safetensors").unlink(), lambda d: (d / "manifest.json").unlink(), lambda d: os.truncate(d / "manifest.json", 90),
-    lambda d: (d / "manifest.json").write_text("{}"), lambda d: (d / "manifest.json").write_text('{"format": 1, "files": {}}'),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda d: flip(d / "model-00001.safetensors"),
+        lambda d: flip(d / "optimizer-00001.safetensors"),
+        lambda d: flip(d / "state.json"),
+        lambda d: os.truncate(d / "model-00001.safetensors", 100),
+        lambda d: os.truncate(d / "manifest.json", 90),
+        lambda d: (d / "model-00001.safetensors").unlink(),
+        lambda d: (d / "rng-00001.safetensors").unlink(),
+        lambda d: (d / "manifest.json").unlink(),
+        lambda d: (d / "manifest.json").write_text("{}"),
+        lambda d: (d / "manifest.json").write_text('{"format": 1, "files": {}}'),
+    ],
+)
 def test_damage_is_seen_and_the_one_before_is_used(three, damage, capsys):
     damage(three / "step-00000010")
     assert checkpoint.newest_intact(three).name == "step-00000002"
@@ -111,12 +120,15 @@ def test_a_failed_write_leaves_the_others_intact(three, code, monkeypatch):
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))
     else:
+
         def fail(file):
             raise OSError(code, os.strerror(code))
 
         monkeypatch.setattr(os, "fsync", fail)
     try:
-        with pytest.raises(checkpoint.CheckpointError, match="cannot write .*step-00000020.*already there are intact") as error:
+        with pytest.raises(
+            checkpoint.CheckpointError, match="cannot write .*step-00000020.*already there are intact"
+        ) as error:
             checkpoint.save(three, 20, model, optimizer, {}, keep=1)
     finally:
         if code == "limit":
@@ -127,7 +139,9 @@ def test_a_failed_write_leaves_the_others_intact(three, code, monkeypatch):
 
 
 def test_another_model_is_refused_by_name(three):
-    with pytest.raises(checkpoint.CheckpointError, match=r"embedding in .* must have the model's shape \(256, 32\), got \(256, 16\)"):
+    with pytest.raises(
+        checkpoint.CheckpointError, match=r"embedding in .* must have the model's shape \(256, 32\), got \(256, 16\)"
+    ):
         checkpoint.load_model(three / "step-00000010", trained(0, d_model=32)[0])
     with pytest.raises(checkpoint.CheckpointError, match="the checkpoint has no layers.1"):
         checkpoint.load_model(three / "step-00000010", trained(0, num_layers=2)[0])

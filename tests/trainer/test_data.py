@@ -47,7 +47,9 @@ def test_rows_with_text(tmp_path, kind):
         pa = pytest.importorskip("pyarrow")
         pytest.importorskip("pyarrow.parquet").write_table(pa.table({"id": list(range(80)), "text": rows}), path)
     data.prepare([path], "byte", tmp_path / "out")
-    pieces = [piece.decode() for split in data.SPLITS for piece in bytes(tokens_of(tmp_path / "out", split)).split(b"\0")[:-1]]
+    pieces = [
+        piece.decode() for split in data.SPLITS for piece in bytes(tokens_of(tmp_path / "out", split)).split(b"\0")[:-1]
+    ]
     assert Counter(pieces) == Counter(rows)
 
 

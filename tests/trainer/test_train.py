@@ -1,0 +1,417 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import threading
+import time
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastmoe.cli import main
+from fastmoe.nn import Transformer
+from fastmoe.trainer import checkpoint, data, metrics
+from fastmoe.trainer.generate import generate, load_run
+from fastmoe.trainer.report import report
+from fastmoe.trainer.train import train
+
+
+@pytest.fixture(autouse=True)
+def quick_peak(monkeypatch):
+    monkeypatch.setattr(metrics, "measured_peak", lambda device, dtype: 1e11)
+
+
+def weights(path: Path) -> bytes:
+    return b"".join((path / name).read_bytes() for name in ("model-00001.safetensors", "optimizer-00001.safetensors"))
+
+
+@pytest.fixture
+def finished(tiny):
+    """A run of 8 steps with checkpoints at 4 and 8."""
+    config = tiny()
+    return config, train(config)
+
+
+def test_a_run_leaves_metrics_checkpoints_and_a_summary(finished, metrics_of, capsys):
+    config, result = finished
+    run = Path(config.run.dir)
+    records = metrics_of(run)
+    assert [record["step"] for record in records] == list(range(1, 9))
+    for record in records:
+        assert {
+            "step",
+            "loss",
+            "aux_loss",
+            "lr",
+            "grad_norm",
+            "tokens",
+            "load",
+            "load_max_over_mean",
+            "drop_rate",
+        } <= record.keys()
+        assert record["tokens"] == record["step"] * 4 * 32
+        assert all(sum(layer) == 4 * 32 * 2 for layer in record["load"]) and record["drop_rate"] == 0
+        assert record["load_max_over_mean"] == max(max(layer) / (sum(layer) / 4) for layer in record["load"])
+    assert [record["step"] for record in records if "heldout" in record] == [3, 6, 8]
+    perf = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["perf"]
+    assert perf.keys() == {"tokens_per_second", "step_seconds", "tflops", "mfu", "memory_gib"}
+    assert records[-1]["loss"] < records[0]["loss"]
+    assert records[0]["lr"] == 1.5e-3 and records[-1]["lr"] == pytest.approx(3e-4)
+    assert [path.name for path in checkpoint.steps(run / "checkpoints")] == ["step-00000004", "step-00000008"]
+    assert (result.step, result.signal, result.heldout) == (8, None, records[-1]["heldout"])
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["heldout"] == result.heldout and summary["order2"] == data.order2_bits(config.data.path)
+
+
+def test_what_a_run_prints(tiny, capsys):
+    config = tiny(log={"every": 3})
+    result = train(config)
+    out = capsys.readouterr().out
+    line = r"^step: +(\d+)  loss: +\d+\.\d{5}  grad_norm: .* memory: .*GiB\(.*%\)  tps: [\d,]+  tflops: .* mfu: .*%"
+    assert re.findall(line, out, re.M) == ["1", "3", "6", "8"]
+    assert f"held-out {result.heldout:.3f} bits/byte; order-2 model {result.order2:.3f} bits/byte\n" in out
+    assert re.search(r"^trained 8 steps in \d+ s", out, re.M)
+    assert f"checkpoint: {result.checkpoint}" in out and f"report: {result.report}" in out and "\n  | def " in out
+
+
+def test_a_terminal_gets_a_bar(tiny, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    train(tiny(train={"steps": 2}))
+    out = capsys.readouterr().out
+    assert "\r\033[K" in out and " 2/2  loss " in out and "step:" not in out
+
+
+def test_tensorboard(tiny):
+    pytest.importorskip("tensorboard")
+    config = tiny(train={"steps": 2}, log={"tensorboard": True})
+    train(config)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(Path(config.run.dir) / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2]
+    assert {"lr", "grad_norm", "heldout", "perf/mfu"} <= set(events.Tags()["scalars"])
+
+
+def test_heldout_is_the_loss_over_every_predicted_byte(finished):
+    config, result = finished
+    model, _ = load_run(config.run.dir)
+    tokens = torch.from_numpy(data.Batches(config.data.path, "heldout", 32).shards[0].astype("int64"))
+    nats = count = 0
+    for start in range(0, len(tokens) - 1, 32):
+        ids, targets = tokens[None, start : start + 32], tokens[None, start + 1 : start + 33]
+        nats += model(ids[:, : targets.shape[1]], targets).loss.item() * targets.numel()
+        count += targets.numel()
+    assert count == len(tokens) - 1
+    assert result.heldout == pytest.approx(nats / count / math.log(2), rel=1e-5)
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"train": {"dtype": "bf16"}}, {"train": {"activation_checkpointing": True, "grad_accumulation": 2}},
+    {"model": {"tie_embeddings": True, "capacity_factor": 1.0, "num_dense_layers": 1}},
+])  # fmt: skip
+def test_resume_equals_an_uninterrupted_run_bit_for_bit(tiny, metrics_of, changes):
+    config = tiny(**changes)
+    whole = train(config)
+    run, copy = Path(config.run.dir), Path(config.run.dir + "-2")
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "checkpoints" / "step-00000008")
+    with open(copy / "metrics.jsonl", "a") as file:
+        file.write('{"step": 9, "los')
+    again = train(replace(config, run=replace(config.run, dir=str(copy), resume=True)))
+    assert metrics_of(copy) == metrics_of(run)
+    assert weights(again.checkpoint) == weights(whole.checkpoint)
+    assert (again.heldout, again.sample) == (whole.heldout, whole.sample)
+
+
+def test_accumulation_and_recomputation_do_not_change_the_gradient(tiny, metrics_of):
+    plain, parts, recomputed = (
+        tiny("a"),
+        tiny("b", train={"grad_accumulation": 4}),
+        tiny("c", train={"activation_checkpointing": True}),
+    )
+    for config in (plain, parts, recomputed):
+        config = replace(config, train=replace(config.train, steps=1), model=replace(config.model, aux_loss_weight=0.0))
+        train(config)
+    one, two, three = (metrics_of(config.run.dir)[0] for config in (plain, parts, recomputed))
+    assert one == three
+    assert two["load"] == one["load"]
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-6) and two["grad_norm"] == pytest.approx(
+        one["grad_norm"], rel=1e-5
+    )
+
+
+def test_many_experts_are_kept_as_quantiles(tiny, metrics_of):
+    config = tiny(model={"num_experts": 65, "capacity_factor": 0.5}, train={"steps": 1})
+    train(config)
+    record = metrics_of(config.run.dir)[0]
+    assert "load" not in record and [len(layer) for layer in record["load_quantiles"]] == [17, 17]
+    assert 0 < record["drop_rate"] < 1
+    assert record["load_max_over_mean"] == pytest.approx(
+        max(layer[-1] for layer in record["load_quantiles"]) * 65 / (4 * 32 * 2)
+    )
+    assert "quantile" in Path(config.run.dir, "report.html").read_text()
+
+
+def test_resume_falls_back_past_damage_and_says_so(finished, metrics_of, capsys):
+    config, whole = finished
+    before, final = metrics_of(config.run.dir), weights(whole.checkpoint)
+    os.truncate(whole.checkpoint / "model-00001.safetensors", 50)
+    again = train(replace(config, run=replace(config.run, resume=True)))
+    captured = capsys.readouterr()
+    assert "step-00000008 is damaged" in captured.err and "resuming after step 4" in captured.out
+    assert weights(again.checkpoint) == final and metrics_of(config.run.dir) == before
+    assert (again.checkpoint.parent / "damaged-step-00000008").is_dir()
+
+
+def test_a_finished_run_resumes_to_its_end_or_further(finished, metrics_of):
+    config, result = finished
+    before = metrics_of(config.run.dir)
+    same = train(replace(config, run=replace(config.run, resume=True)))
+    assert same.heldout == result.heldout and metrics_of(config.run.dir) == before
+    further = replace(config, train=replace(config.train, steps=10), run=replace(config.run, resume=True))
+    assert train(further).step == 10
+    assert metrics_of(config.run.dir)[:8] == before
+
+
+def test_nothing_saved_is_overwritten(finished):
+    config, result = finished
+    with pytest.raises(ValueError, match=r"holds checkpoints .*--resume.*--run\.dir"):
+        train(config)
+    assert checkpoint.verify(result.checkpoint) == []
+
+
+def test_resume_where_nothing_is_starts_at_step_0(tiny, capsys):
+    config = tiny(run={"resume": True}, train={"steps": 1})
+    assert train(config).step == 1
+    assert "no checkpoint in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"model": {"d_model": 64}}, r"--model\.d-model must be 32 as in .*step-00000008, got 64"),
+    ({"model": {"tie_embeddings": True}}, r"--model\.tie-embeddings must be False"),
+    ({"train": {"steps": 5}}, r"--train\.steps must be at least 8"),
+])  # fmt: skip
+def test_resume_with_other_settings_is_refused(finished, changes, message):
+    config, _ = finished
+    changed = {group: replace(getattr(config, group), **values) for group, values in changes.items()}
+    with pytest.raises(ValueError, match=message):
+        train(replace(config, run=replace(config.run, resume=True), **changed))
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"train": {"batch_size": 5, "grad_accumulation": 2}}, r"accumulation must be a divisor .* = 5, got 2"),
+    ({"train": {"steps": 0}}, r"--train\.steps must be at least 1"),
+    ({"train": {"seq_len": 500}}, r"--train\.seq-len must be in 1\.\.256"),
+    ({"train": {"dtype": "fp8"}}, r"--train\.dtype must be fp32 or bf16"),
+    ({"train": {"device": "nope"}}, r"--train\.device must be auto or a device"),
+    ({"optim": {"lr": 0.0}}, r"--optim\.lr must be positive"),
+    ({"checkpoint": {"keep": 0}}, r"--checkpoint\.keep must be at least 1"),
+    ({"data": {"path": "/nowhere"}}, r"--data\.path must be a folder made by"),
+    ({"run": {"dir": "/proc/run"}}, r"--run\.dir must be a folder to write to"),
+    ({"model": {"num_experts": 0}}, r"num_experts must be at least 1"),
+    ({"model": {"top_k": 5}}, r"top_k must be in 1\.\.4"),
+])  # fmt: skip
+def test_wrong_settings(tiny, changes, message):
+    with pytest.raises(ValueError, match=message) as error:
+        train(tiny(**changes))
+    assert str(error.value).startswith("fastmoe.")
+
+
+def test_one_run_at_a_time(tiny, monkeypatch):
+    config = tiny(train={"steps": 1})
+    seen = []
+
+    def second(*args):
+        with pytest.raises(ValueError, match="another process is training"):
+            train(config)
+        seen.append(True)
+        return 1.0
+
+    monkeypatch.setattr(metrics, "measured_peak", second)
+    train(config)
+    assert seen
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"optim": {"lr": 1e37, "warmup_steps": 0}}, r"step \d: (in layer \d: .*topk_gate.*|loss = .*|grad_norm.*)first"),
+    ({"model": {"init_std": 1e17}}, r"step 1: (grad_norm = (inf|nan)|loss = |in layer)"),
+])  # fmt: skip
+def test_what_is_not_finite_never_reaches_the_weights(tiny, changes, message):
+    with pytest.raises(FloatingPointError, match=message):
+        train(tiny(**changes))
+
+
+def test_a_nan_flag_names_step_and_layer_and_keeps_the_checkpoint(tiny, monkeypatch, metrics_of):
+    forward, calls = Transformer.forward, []
+
+    def flagged(self, ids, targets=None, cache=None):
+        out = forward(self, ids, targets, cache)
+        calls.append(torch.is_grad_enabled())
+        return out._replace(nan_tokens_L=torch.tensor([7])) if sum(calls) == 6 and calls[-1] else out
+
+    monkeypatch.setattr(Transformer, "forward", flagged)
+    config = tiny(model={"num_dense_layers": 1})
+    with pytest.raises(
+        FloatingPointError, match=r"step 6: the router of layer 1 got NaN logits for 7 tokens.*step-00000004"
+    ):
+        train(config)
+    assert [record["step"] for record in metrics_of(config.run.dir)] == [1, 2, 3, 4, 5]
+    assert checkpoint.verify(Path(config.run.dir) / "checkpoints" / "step-00000004") == []
+
+
+def test_a_full_disk_ends_the_run_with_the_checkpoint_before(tiny, monkeypatch, flags, capsys):
+    fsync, full = os.fsync, []
+
+    def fill(file):
+        if full:
+            raise OSError(28, "No space left on device")
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", fill)
+    monkeypatch.setattr(metrics.Metrics, "sync", lambda self: None)
+    save = checkpoint.save
+
+    def later(folder, step, *rest):
+        full.extend([1] if step == 4 else [])
+        return save(folder, step, *rest)
+
+    monkeypatch.setattr(checkpoint, "save", later)
+    run = tiny().run.dir
+    assert main(["train", "tiny", *flags, "--run.dir", run, "--train.steps", "8", "--checkpoint.every", "2"]) == 2
+    assert re.fullmatch(
+        r"fastmoe\.checkpoint: cannot write .*step-00000004: No space left on device; .*intact\n",
+        capsys.readouterr().err,
+    )
+    assert [checkpoint.verify(path) for path in checkpoint.steps(run + "/checkpoints")] == [[]]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_save_and_set_the_status(tiny, flags, number, status, metrics_of, capsys):
+    run = Path(tiny().run.dir)
+    words = ["train", "tiny", *flags, "--train.steps", "1000000", "--run.dir", str(run)]
+
+    def send():
+        while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("\n") < 3:
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    assert main(words) == status
+    thread.join()
+    step = metrics_of(run)[-1]["step"]
+    assert step >= 3 and checkpoint.newest_intact(run / "checkpoints").name == f"step-{step:08d}"
+    assert f"stopped by {number.name} after step {step}" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_generating_with_and_without_a_cache_is_the_same(tiny, temperature):
+    torch.manual_seed(1)
+    model = Transformer(replace(tiny().model, init_std=0.2, capacity_factor=0.5))
+    results = [generate(model, [5, 6, 7], 24, temperature, seed=2, cached=cached) for cached in (True, False)]
+    assert results[0] == results[1] and results[0][:3] == [5, 6, 7] and len(results[0]) == 27
+    assert model.layers[0].feed_forward.capacity_factor == 0.5
+    if temperature:
+        assert generate(model, [5, 6, 7], 24, temperature, seed=3) != results[0]
+    for ids, tokens, message in (
+        ([], 1, "at least one token"),
+        ([1] * 250, 7, "fit in 256"),
+        ([256], 1, "below 256"),
+        ([1], -1, "at least 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            generate(model, ids, tokens)
+
+
+def test_generate_command(finished, capsys):
+    config, _ = finished
+    outputs = []
+    for _ in range(2):
+        capsys.readouterr()
+        assert (
+            main(["generate", "--run.dir", config.run.dir, "--prompt", "def f", "--tokens", "20", "--seed", "1"]) == 0
+        )
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] and outputs[0].startswith("def f") and len(outputs[0]) > 6
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.ids, self.plots, self.headings, self.cells = [], [], [], {}, [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.tags.append((tag, attributes))
+        self.ids.append(attributes.get("id"))
+        if "data-plot" in attributes:
+            self.plots[attributes["aria-label"]] = json.loads(attributes["data-plot"])
+        if tag not in ("meta",):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, text):
+        if self.open and self.open[-1] == "h2":
+            self.headings.append(text)
+        if self.open and self.open[-1] in ("td", "b"):
+            self.cells.append(text)
+
+
+def test_the_report_is_whole_and_needs_nothing_else(finished, metrics_of):
+    config, result = finished
+    text = result.report.read_text()
+    page = Page(text)
+    assert not page.open and not re.search(r"https?://|//cdn|@import|url\(", text)
+    assert not [tag for tag, attributes in page.tags if tag == "link" or {"src", "href"} & attributes.keys()]
+    assert {"loss", "load", "learning-rate", "grad-norm", "throughput", "memory", "sample", "config"} <= set(page.ids)
+    records = metrics_of(config.run.dir)
+    series = dict(page.plots["Loss"]["series"])
+    assert page.plots["Loss"]["x"] == list(range(1, 9))
+    assert series["training, this step"] == pytest.approx(
+        [record["loss"] / math.log(2) for record in records], rel=1e-4
+    )
+    assert [value is not None for value in series["held-out"]] == [False, False, True, False, False, True, False, True]
+    heat = page.plots["Expert load"]
+    assert heat["values"][5][2] == round(records[2]["load"][1][1] * 4 / 256, 2)
+    assert {f"{result.heldout:.3f}", f"{result.order2:.3f}", "num_experts", "clip_norm"} <= set(page.cells)
+
+
+def test_the_report_of_long_or_unfinished_or_no_runs(finished, tmp_path):
+    config, _ = finished
+    run = tmp_path / "long"
+    run.mkdir()
+    about = json.loads((Path(config.run.dir) / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="must be the folder of a run"):
+        report(run)
+    (run / "metrics.jsonl").touch()
+    with pytest.raises(ValueError, match="no finished step"):
+        report(run)
+    record = {
+        **json.loads((Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()[0]),
+        "load": [[9] * 64] * 60,
+    }
+    lines = [
+        json.dumps({**record, "step": step, **({"heldout": 3.0} if step % 200 == 0 else {})}) for step in range(1, 801)
+    ]
+    (run / "metrics.jsonl").write_text("\n".join(lines))
+    page = Page(report(run).read_text())
+    assert len(page.plots["Loss"]["x"]) == 600 and page.plots["Loss"]["x"][-1] == 800
+    assert sum(value is not None for value in dict(page.plots["Loss"]["series"])["held-out"]) == 4
+    assert len(page.plots["Expert load"]["rows"]) == 60 and len(page.plots["Expert load"]["x"]) == 120
+    assert (run / "report.html").stat().st_size < 500_000
