@@ -79,17 +79,15 @@ void combine(const Layer<S>& layer, const float* rows, const Weight* weights, S*
 #pragma omp parallel for num_threads(layer.threads) schedule(static)
     for (int64_t t = 0; t < layer.T; ++t) {
         const int32_t* dst = layer.dst_row + t * K;
-        for (int64_t d = 0; d < D; d += W) {
-            const int n = int(min64(W, D - d));
+        each_vector(D, [&](int64_t d, auto n) {
             vf total = splat(0);
             for (int64_t k = 0; k < K; ++k) {
                 if (dst[k] < 0) continue;
-                const float* row = rows + int64_t(dst[k]) * D + d;
-                const vf v = n == W ? load(row) : load_part(row, n);
+                const vf v = load(rows + int64_t(dst[k]) * D + d, n);
                 total += weights ? v * to_float(weights[t * K + k]) : v;
             }
-            n == W ? store(out + t * D + d, total) : store_part(out + t * D + d, total, n);
-        }
+            store(out + t * D + d, total, n);
+        });
     }
 }
 
@@ -120,10 +118,10 @@ void forward(const fm_moe_mlp_cpu_args* a) {
                     copy_row(c + kHalf, z + r * 2 * F + F + f0, f1 - f0);
                 }
                 float* act = ws.act + r * F + f0;
-                for (int64_t f = 0; f < f1 - f0; f += W) {
-                    const vf gate = load(c + f), value = gate * sigmoid(gate) * load(c + kHalf + f);
-                    f + W <= f1 - f0 ? store(act + f, value) : store_part(act + f, value, int(f1 - f0 - f));
-                }
+                each_vector(f1 - f0, [&](int64_t f, auto n) {
+                    const vf gate = load(c + f);
+                    store(act + f, gate * sigmoid(gate) * load(c + kHalf + f), n);
+                });
             }
         });
     const Lines<float> act{ws.act, F, nullptr};
@@ -185,21 +183,15 @@ void backward(const fm_moe_mlp_backward_cpu_args* a) {
             for (int64_t r = r0; r < r1; ++r, c += NC) {
                 const S *gates = z + r * 2 * F + f0, *ups = gates + F;
                 float *dgates = ws.dz + r * 2 * F + f0, *dups = dgates + F, *acts = ws.act + r * F + f0;
-                vf dot = splat(0);
-                for (int64_t f = 0; f < f1 - f0; f += W) {
-                    const int n = int(min64(W, f1 - f0 - f));
-                    const vf gate = n == W ? load(gates + f) : load_part(gates + f, n);
-                    const vf up = n == W ? load(ups + f) : load_part(ups + f, n);
-                    const vf s = sigmoid(gate), silu = gate * s, act = silu * up, dact = load(c + f); /* C is 0 past n */
-                    dot += dact * act;
-                    const vf g = dact * ws.weight[r], dup = g * silu, dgate = g * up * (s + silu * (1.f - s));
-                    if (n == W) {
-                        store(dgates + f, dgate), store(dups + f, dup), store(acts + f, act * ws.weight[r]);
-                    } else {
-                        store_part(dgates + f, dgate, n), store_part(dups + f, dup, n), store_part(acts + f, act * ws.weight[r], n);
-                    }
-                }
-                ws.dot[r * parts + f0 / kHalf] = sum(dot);
+                const float weight = ws.weight[r];
+                ws.dot[r * parts + f0 / kHalf] = sum_vectors(f1 - f0, [&](int64_t f, auto n) {
+                    const vf gate = load(gates + f, n), up = load(ups + f, n), dact = load(c + f); /* C is 0 past n */
+                    const vf s = sigmoid(gate), silu = gate * s, act = silu * up, g = dact * weight;
+                    store(dgates + f, g * up * (s + silu * (1.f - s)), n);
+                    store(dups + f, g * silu, n);
+                    store(acts + f, act * weight, n);
+                    return dact * act;
+                });
             }
         });
     if (a->dweights_TK) {

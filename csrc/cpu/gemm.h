@@ -129,9 +129,7 @@ inline int64_t piece(int64_t m) {
 /* n floats of a row of C, which is padded to whole vectors, to storage. */
 template <class S>
 void copy_row(const float* from, S* to, int64_t n) {
-    int64_t i = 0;
-    for (; i + W <= n; i += W) store(to + i, load(from + i));
-    if (i < n) store_part(to + i, load(from + i), int(n - i));
+    each_vector(n, [&](int64_t i, auto rest) { store(to + i, load(from + i), rest); });
 }
 
 }  // namespace

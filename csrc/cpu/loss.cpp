@@ -17,26 +17,16 @@ void softmax_rows(float* logits, const int64_t* targets, int64_t m, int64_t V, i
             loss[i] = 0;
             continue;
         }
-        const int64_t whole = V / W * W;
-        const int tail = int(V - whole);
         vf top = splat(-__builtin_inff());
-        for (int64_t v = 0; v < whole; v += W) top = max(top, load(logits + v));
-        if (tail) top = max(top, load_part(logits + whole, tail, -__builtin_inff()));
+        each_vector(V, [&](int64_t v, auto n) { top = max(load(logits + v, n, -__builtin_inff()), top); });
         const float peak = max(top), target = logits[targets[i]];
-        vf total = splat(0);
-        for (int64_t v = 0; v < whole; v += W) {
-            const vf p = exp(load(logits + v) - peak);
-            store(logits + v, p);
-            total += p;
-        }
-        if (tail) {
-            const vf p = exp(load_part(logits + whole, tail, -__builtin_inff()) - peak);
-            store_part(logits + whole, p, tail);
-            total += p;
-        }
-        const float z = sum(total), scale = 1.f / z;
+        const float z = sum_vectors(V, [&](int64_t v, auto n) {
+            const vf p = exp(load(logits + v, n, -__builtin_inff()) - peak);
+            store(logits + v, p, n);
+            return p;
+        });
         loss[i] = logf(z) + (peak - target);
-        for (int64_t v = 0; v < V; ++v) logits[v] *= scale;
+        each_vector(V, [&](int64_t v, auto n) { store(logits + v, load(logits + v, n) * (1 / z), n); });
         logits[targets[i]] -= 1.f;
     }
 }

@@ -109,20 +109,15 @@ void unpermute(const fm_unpermute_cpu_args* a) {
 #pragma omp parallel for num_threads(a->num_threads) schedule(static)
     for (int64_t t = 0; t < a->T; ++t) {
         const int32_t* dst = a->dst_row_TK + t * K;
-        for (int64_t d = 0; d < D; d += W) {
-            const int n = D - d < W ? int(D - d) : W;
+        each_vector(D, [&](int64_t d, auto n) {
             vf total = splat(0);
             for (int64_t k = 0; k < K; ++k) {
                 if (dst[k] < 0) continue;
-                const S* row = y + int64_t(dst[k]) * D + d;
-                const vf v = n == W ? load(row) : load_part(row, n);
+                const vf v = load(y + int64_t(dst[k]) * D + d, n);
                 total += weights ? v * to_float(weights[t * K + k]) : v;
             }
-            if (n == W)
-                store(out + t * D + d, total);
-            else
-                store_part(out + t * D + d, total, n);
-        }
+            store(out + t * D + d, total, n);
+        });
     }
 }
 
@@ -144,19 +139,12 @@ void unpermute_backward(const fm_unpermute_backward_cpu_args* a) {
         const S *from = dout + s / K * D, *row = y + int64_t(r) * D;
         S* to = dy + int64_t(r) * D;
         const float w = to_float(weights[s]);
-        vf dot = splat(0);
-        int64_t d = 0;
-        for (; d + W <= D; d += W) {
-            const vf g = load(from + d);
-            dot += g * load(row + d);
-            store(to + d, g * w);
-        }
-        if (d < D) {
-            const vf g = load_part(from + d, int(D - d));
-            dot += g * load_part(row + d, int(D - d));
-            store_part(to + d, g * w, int(D - d));
-        }
-        from_float(dweights + s, sum(dot));
+        const float dot = sum_vectors(D, [&](int64_t d, auto n) {
+            const vf g = load(from + d, n);
+            store(to + d, g * w, n);
+            return g * load(row + d, n);
+        });
+        from_float(dweights + s, dot);
     }
 #pragma omp parallel for num_threads(a->num_threads) schedule(static)
     for (int64_t r = 0; r < a->R; ++r)

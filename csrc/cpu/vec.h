@@ -211,7 +211,7 @@ inline vf sigmoid(vf x) { return 1.f / (1.f + exp(-x)); }
 /* The OpenMP team for elementwise work: small work is not worth waking threads. */
 inline int team(int64_t elements, int num_threads) { return elements < 8192 ? 1 : num_threads; }
 
-/* Calls f with a typed null pointer of the storage type: with_dtype(code, [&](auto* s) { using S = ...; }). */
+/* Runs the statements with S the storage type of the code, or returns FM_BAD_DTYPE. */
 #define FM_WITH_DTYPE(code, S, ...) \
     switch (code) {                 \
         case FM_F32: {              \
