@@ -31,17 +31,18 @@ def step(tensors, count, **options):
     return [*lists["params"], *lists["exp_avgs"], *lists["exp_avg_sqs"]]
 
 
-def adamw_case(name, sizes, thorough=False, **options):
+def adamw_case(name, sizes, thorough=False, parallel=False, **options):
     frozen = tuple(f"{kind}{i}" for kind in LISTS for i in range(len(sizes)))
-    return Case(name, lambda x: step(x, len(sizes), **options), lambda dtype: state(dtype, sizes), frozen, thorough)
+    return Case(name, lambda x: step(x, len(sizes), **options), lambda dtype: state(dtype, sizes), frozen, thorough,
+                parallel)  # fmt: skip
 
 
 class TestAdamW(Battery):
     family = "adamw"
-    cases = [adamw_case(size, [(s.E, s.D, s.F), (s.D,)], thorough=size == "odd") for size, s in SHAPES.items()] + [
+    cases = [adamw_case(size, [(s.E, s.D, s.F), (s.D,)], thorough=size == "odd", parallel=size == "tiny") for size, s in SHAPES.items()] + [
         adamw_case("first_step", [(65,)], step=1), adamw_case("late_step", [(65,)], step=100_000),
         adamw_case("clipped", [(65,)], grad_scale=0.125), adamw_case("no_decay", [(65,)], weight_decay=0.0),
-        adamw_case("no_tensors", []), adamw_case("scalar", [()]), adamw_case("many", [(i % 7, 3) for i in range(60)], thorough=True),
+        adamw_case("no_tensors", []), adamw_case("scalar", [()]), adamw_case("many", [(i % 7, 3) for i in range(60)], parallel=True),
     ]  # fmt: skip
 
     def test_matches_torch(self, backend):

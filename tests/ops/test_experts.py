@@ -21,9 +21,10 @@ def draw_inputs(shape, dtype=torch.float32, routing="random", weights="float32",
             "down_proj": draw(E, D, F, dtype=dtype, scale=F**-0.5, seed=3)}  # fmt: skip
 
 
-def moe_case(size, routing="random", weights="float32", index=torch.int64, thorough=False):
+def moe_case(size, routing="random", weights="float32", index=torch.int64, thorough=False, parallel=False):
     return Case(f"{size}-{routing}-{weights}-{str(index)[6:]}", lambda x: ops.moe_mlp(*(x[name] for name in NAMES)),
-                lambda dtype: draw_inputs(SHAPES[size], dtype, routing, weights, index), thorough=thorough)  # fmt: skip
+                lambda dtype: draw_inputs(SHAPES[size], dtype, routing, weights, index), thorough=thorough,
+                parallel=parallel)  # fmt: skip
 
 
 def with_given_routing(size, capacity, thorough=False):
@@ -75,7 +76,8 @@ class TestExperts(Battery):
     cases = [
         *(moe_case(size) for size in SHAPES),
         *(moe_case("odd", routing, thorough=routing == "dropped") for routing in ROUTINGS[1:]),
-        moe_case("tiny", "all_to_one"), moe_case("tiny", "dropped", "same"), moe_case("fine", "empty_expert", index=torch.int32),
+        moe_case("tiny", "all_to_one"), moe_case("tiny", "dropped", "same", parallel=True),
+        moe_case("fine", "empty_expert", index=torch.int32, parallel=True),
         moe_case("every_expert", weights="same", index=torch.int32, thorough=True),
         with_given_routing("odd", 0), with_given_routing("odd", 4, thorough=True), with_given_routing("fine", None),
         from_experts_case("odd"), from_experts_case("tiny"),

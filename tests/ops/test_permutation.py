@@ -62,13 +62,14 @@ def as_routing(x):
     return ops.Routing(*(x[name] for name in ops.Routing._fields))
 
 
-def permute_case(size, routing, thorough=False):
+def permute_case(size, routing, thorough=False, parallel=False):
     s = SHAPES[size]
     return Case(f"permute-{size}-{routing}", lambda x: ops.permute(x["x_TD"], as_routing(x)),
-                lambda dtype: {"x_TD": draw(s.T, s.D, dtype=dtype), **with_routing(s, routing)}, thorough=thorough)  # fmt: skip
+                lambda dtype: {"x_TD": draw(s.T, s.D, dtype=dtype), **with_routing(s, routing)}, thorough=thorough,
+                parallel=parallel)  # fmt: skip
 
 
-def unpermute_case(size, routing, weights="same", capacity=None, thorough=False):
+def unpermute_case(size, routing, weights="same", capacity=None, thorough=False, parallel=False):
     s = SHAPES[size]
 
     def make(dtype):
@@ -79,7 +80,8 @@ def unpermute_case(size, routing, weights="same", capacity=None, thorough=False)
         return inputs
 
     return Case(f"unpermute-{size}-{routing}-{weights}-{capacity}",
-                lambda x: ops.unpermute(x["y_RD"], as_routing(x), x.get("topk_weights_TK")), make, thorough=thorough)  # fmt: skip
+                lambda x: ops.unpermute(x["y_RD"], as_routing(x), x.get("topk_weights_TK")), make, thorough=thorough,
+                parallel=parallel)  # fmt: skip
 
 
 class TestPermutation(Battery):
@@ -95,7 +97,7 @@ class TestPermutation(Battery):
         *(unpermute_case(size, "random", "float32") for size in SHAPES),
         *(unpermute_case("odd", routing, weights, thorough=routing == "dropped")
           for routing in ROUTINGS for weights in ("same", "float32", None)),
-        unpermute_case("tiny", "all_to_one", capacity=7),
+        unpermute_case("tiny", "all_to_one", capacity=7, parallel=True), permute_case("tiny", "dropped", parallel=True),
     ]  # fmt: skip
 
     @pytest.mark.parametrize("routing", ROUTINGS)
