@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fastmoe.config import RunConfig
-from fastmoe.trainer.generate import generate, load_run
+from fastmoe.trainer.generate import generate, load_run, printable
 from fastmoe.trainer.recipes import recipe
 from fastmoe.trainer.train import train
 
@@ -24,4 +24,4 @@ print(f"held-out {result.heldout:.3f} bits/byte, the order-2 model {result.order
 
 model, tokenizer = load_run(config.run.dir)
 ids = generate(model, tokenizer.encode("import ").tolist(), num_tokens=100, temperature=0.5)
-print(tokenizer.decode(ids))
+print(printable(tokenizer.decode(ids)))

@@ -118,13 +118,13 @@ def _train(words: list[str]) -> int:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    from fastmoe.trainer.generate import generate, load_run
+    from fastmoe.trainer.generate import generate, load_run, printable
 
     model, tokenizer = load_run(args.run_dir)
     prompt = [int(i) for i in tokenizer.encode(args.prompt)]
     start = prompt or tokenizer.separator
     ids = generate(model, start, args.tokens, args.temperature, args.seed)
-    print(tokenizer.decode(ids[0 if prompt else len(start) :]))
+    print(printable(tokenizer.decode(ids[0 if prompt else len(start) :])))
 
 
 def _prepare(args: argparse.Namespace) -> None:

@@ -57,6 +57,11 @@ def generate(
     return ids
 
 
+def printable(text: str) -> str:
+    """Text that is safe to show: control characters, which byte models write freely, become U+FFFD."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
 @contextmanager
 def _dropless(model: Transformer) -> Iterator[None]:
     layers = [(module, module.capacity_factor) for module in model.modules() if isinstance(module, MoE)]

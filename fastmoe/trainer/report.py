@@ -197,7 +197,7 @@ def _tiles(run: dict, records: list[dict], summary: dict, unit: str) -> str:
     epochs = last["tokens"] / run["train_tokens"]
     tiles = [
         ("held-out", "–" if heldout is None else f"{heldout:.3f}", f"{unit}{'' if summary else ', so far'}"),
-        ("order-2 model", "–" if order2 is None else f"{order2:.3f}", f"{unit}, counts of bytes after two bytes"),
+        ("order-2 model", "–" if order2 is None else f"{order2:.3f}", f"{unit}, by counting"),
         ("training loss", f"{last['loss'] / math.log(2):.3f}", f"{unit} ({last['loss']:.3f} nats), last step"),
         ("tokens per second", f"{rate:,.0f}", f"{100 * mfu:.0f}% of the measured peak"),
         ("parameters", _short(run["parameters"]), f"{_short(run['active_parameters'])} active a token"),

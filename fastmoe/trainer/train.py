@@ -25,7 +25,7 @@ from fastmoe.optim import AdamW
 from fastmoe.optim.clip import grad_norm
 from fastmoe.optim.schedule import cosine
 from fastmoe.trainer import checkpoint, data, metrics
-from fastmoe.trainer.generate import generate
+from fastmoe.trainer.generate import generate, printable
 from fastmoe.trainer.report import report
 
 # Model settings that a resumed run may change; all others define the function that the weights belong to.
@@ -213,8 +213,9 @@ class _Run:
         """Mean bits per held-out token; NaN when stop() became true on the way."""
         self.model.eval()
         nats, tokens = torch.zeros((), dtype=torch.float64, device=self.device), 0
-        micro = self.config.train.batch_size // self.config.train.grad_accumulation
-        for batch in self.heldout.sweep(micro, max_tokens):
+        train = self.config.train
+        rows = max(train.batch_size // train.grad_accumulation, 4096 // train.seq_len)
+        for batch in self.heldout.sweep(rows, max_tokens):
             if stop():
                 return math.nan
             count = int((batch[1] != -100).sum())
@@ -236,15 +237,14 @@ class _Run:
         tokenizer = data.load_tokenizer(self.batches.meta["tokenizer"], self.batches.folder)
         prompt = list(tokenizer.encode("def ")) if self.byte_tokens else tokenizer.separator
         room = max(0, min(_SAMPLE_TOKENS, self.config.model.max_seq_len - len(prompt)))
-        sample = tokenizer.decode(
-            generate(self.model, prompt[: self.config.model.max_seq_len], room, seed=self.config.train.seed)
-        )
+        ids = generate(self.model, prompt[: self.config.model.max_seq_len], room, seed=self.config.train.seed)
+        sample = printable(tokenizer.decode(ids))
         summary = {"step": self.step, "seconds": self.seconds, "heldout": heldout, "order2": order2, "sample": sample}
         _write_json(self.run_dir / "summary.json", summary)
         page = report(self.run_dir)
         note(f"held-out {heldout:.3f} bits/{'byte' if self.byte_tokens else 'token'}"
              + (f"; order-2 model {order2:.3f} bits/byte" if order2 is not None else ""))  # fmt: skip
-        note("sample:\n" + "\n".join(f"  | {line}" for line in sample.splitlines()))
+        note("sample:\n" + "\n".join(f"  | {line}" for line in sample.split("\n")))
         note(f"checkpoint: {self.saved}")
         note(f"report: {page}")
         return Result(self.step, self.seconds, self.saved, None, heldout, order2, sample, page)

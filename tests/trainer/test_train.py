@@ -147,6 +147,24 @@ def test_accumulation_and_recomputation_do_not_change_the_gradient(tiny, metrics
     )
 
 
+def test_a_step_is_clipped_adamw_with_decay_on_matrices(tiny, metrics_of):
+    optim = {"eps": 0.1, "clip_norm": 0.05, "weight_decay": 0.5, "lr": 0.1}
+    config = tiny(train={"steps": 1}, optim=optim)
+    train(config)
+    torch.manual_seed(config.train.seed)
+    model = Transformer(config.model)
+    out = model(*data.Batches(config.data.path, "train", 32).at(0, 4))
+    (out.loss + out.aux_loss).backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+    matrices, others = ([p for p in model.parameters() if (p.ndim > 1) == want] for want in (True, False))
+    groups = [{"params": matrices, "weight_decay": 0.5}, {"params": others, "weight_decay": 0.0}]
+    torch.optim.AdamW(groups, lr=0.05, betas=(0.9, 0.95), eps=0.1).step()
+    record = metrics_of(config.run.dir)[0]
+    assert record["lr"] == 0.05 and record["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+    for (name, wanted), got in zip(model.named_parameters(), load_run(config.run.dir)[0].parameters(), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
 def test_many_experts_are_kept_as_quantiles(tiny, metrics_of):
     config = tiny(model={"num_experts": 65, "capacity_factor": 0.5}, train={"steps": 1})
     train(config)
@@ -341,6 +359,7 @@ def test_generate_command(finished, capsys):
         )
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1] and outputs[0].startswith("def f") and len(outputs[0]) > 6
+    assert outputs[0].replace("\n", "").replace("\t", "").isprintable()
 
 
 class Page(HTMLParser):
