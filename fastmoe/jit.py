@@ -72,6 +72,16 @@ def _compile(source: str, function: str, defines: tuple[tuple[str, int], ...], d
     return kernel
 
 
+def _current_stream(device: torch.device):
+    """torch's current stream as CuPy sees it; ExternalStream is CuPy 13's way."""
+    import cupy
+
+    stream = torch.cuda.current_stream(device)
+    if hasattr(cupy.cuda.Stream, "from_external"):
+        return cupy.cuda.Stream.from_external(stream)
+    return cupy.cuda.ExternalStream(stream.cuda_stream, device.index)
+
+
 def load(source: str, function: str, defines: dict[str, int]) -> Callable:
     """The kernel `function` of csrc/cuda/<source>, compiled with these macros for the device it is launched on.
 
@@ -88,8 +98,7 @@ def load(source: str, function: str, defines: dict[str, int]) -> Callable:
         device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
         with torch.cuda.device(device):
             kernel = _compile(source, function, macros, device.index)
-            stream = torch.cuda.current_stream(device).cuda_stream
-            with cupy.cuda.Device(device.index), cupy.cuda.ExternalStream(stream, device.index):
+            with cupy.cuda.Device(device.index), _current_stream(device):
                 kernel(
                     (grid,), (block,), tuple(arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in args)
                 )

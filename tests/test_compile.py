@@ -10,7 +10,9 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -47,11 +49,10 @@ from fastmoe.ops.experts import kernels as experts
 from fastmoe.ops.gating import kernels as gating
 from fastmoe.ops.permutation import kernels as permutation
 
-arch, shared, dtype = int(sys.argv[1]), int(sys.argv[2]), getattr(torch, sys.argv[3])
 
 class Device:
     get_current_target = lambda self: GPUTarget("cuda", arch, 32)
-    get_current_device = lambda self: 0
+    get_current_device = lambda self: arch  # Triton keeps a cache for each device
     get_current_stream = lambda self, device=0: 0
 
 def compile_only(self, *args, grid, warmup, **kwargs):
@@ -60,40 +61,51 @@ def compile_only(self, *args, grid, warmup, **kwargs):
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found[self.fn.__name__] = {"shared": kernel.metadata.shared, "registers": int(re.search(r"REG:(\\d+)", usage)[1]),
-                               "stack": int(re.search(r"STACK:(\\d+)", usage)[1])}
+    found[f"{arch} {dtype}"][self.fn.__name__] = {
+        "shared": kernel.metadata.shared, "registers": int(re.search(r"REG:(\\d+)", usage)[1]),
+        "stack": int(re.search(r"STACK:(\\d+)", usage)[1])}
     return kernel
 
 found = {}
 cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 launch, JITFunction.run = JITFunction.run, compile_only
 driver.set_active(Device())
-jit.shared_memory = lambda tensor: shared
-make = lambda *shape, dtype=dtype: torch.empty(shape, dtype=dtype, device="meta")
+jit.shared_memory = lambda tensor: architectures[str(arch)]
+architectures = json.loads(sys.argv[1])
 T, E, K, D, F = 16384, 64, 8, 2048, 1024
-weights_TK, ids_TK, probs_TE = gating.topk_gate(make(T, E), K, "softmax", True)
-gating.topk_gate_backward(weights_TK, probs_TE, ids_TK, probs_TE, "softmax", True)
-routing = permutation.build_routing(ids_TK, E, 4096)
-permutation.build_routing_from_experts(make(T, dtype=torch.int64), make(E + 1, dtype=torch.int64), T)
-x_TD, gate_up_proj, down_proj = make(T, D), make(E, 2 * F, D), make(E, D, F)
-y_RD = permutation.permute(x_TD, *routing[:2])
-permutation.unpermute_backward(x_TD, y_RD, *routing[:2], weights_TK)
-inputs = (x_TD, weights_TK, *routing, gate_up_proj, down_proj)
-y_TD, z_R2F = experts.moe_mlp(*inputs, "swiglu", True)
-experts.moe_mlp_backward(x_TD, *inputs, z_R2F, "swiglu", True, True, True, True)
 kernels = {k.fn.__name__ for m in (gating, permutation, experts) for k in vars(m).values()
            if isinstance(k, JITFunction) and k.fn.__name__.endswith("_kernel")}
-print(json.dumps({"found": found, "missed": sorted(kernels - set(found))}))
+for arch, dtype in [*((arch, "bfloat16") for arch in map(int, architectures)), (90, "float32")]:
+    found[f"{arch} {dtype}"] = {}
+    make = lambda *shape, dtype=getattr(torch, dtype): torch.empty(shape, dtype=dtype, device="meta")
+    weights_TK, ids_TK, probs_TE = gating.topk_gate(make(T, E), K, "softmax", True)
+    gating.topk_gate_backward(weights_TK, probs_TE, ids_TK, probs_TE, "softmax", True)
+    permutation.build_routing(ids_TK, E, -1)
+    routing = permutation.build_routing(ids_TK, E, 4096)
+    permutation.build_routing_from_experts(make(T, dtype=torch.int64), make(E + 1, dtype=torch.int64), T)
+    x_TD, gate_up_proj, down_proj = make(T, D), make(E, 2 * F, D), make(E, D, F)
+    y_RD = permutation.permute(x_TD, *routing[:2])
+    permutation.unpermute_backward(x_TD, y_RD, *routing[:2], weights_TK)
+    inputs = (x_TD, weights_TK, *routing, gate_up_proj, down_proj)
+    y_TD, z_R2F = experts.moe_mlp(*inputs, "swiglu", True)
+    experts.moe_mlp_backward(x_TD, *inputs, z_R2F, "swiglu", True, True, True, True)
+print(json.dumps({"kernels": sorted(kernels), "found": found}))
 """
 
 
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> dict:
+    cache = str(tmp_path_factory.mktemp("triton"))
+    done = run(sys.executable, "-c", COMPILE, json.dumps(ARCHITECTURES), TRITON_CACHE_DIR=cache)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 @pytest.mark.parametrize("arch, dtype", [*((arch, "bfloat16") for arch in ARCHITECTURES), (90, "float32")])
-def test_triton_kernels_compile(arch, dtype, tmp_path, record_property):
-    done = run(sys.executable, "-c", COMPILE, arch, ARCHITECTURES[arch], dtype, TRITON_CACHE_DIR=str(tmp_path))
-    result = json.loads(done.stdout.splitlines()[-1])
-    record_property(f"sm_{arch} {dtype}", json.dumps(result["found"]))
-    assert not result["missed"]
-    for name, usage in result["found"].items():
+def test_triton_kernels_compile(arch, dtype, compiled, record_property):
+    found = compiled["found"][f"{arch} {dtype}"]
+    record_property("resources", json.dumps(found))
+    assert sorted(found) == compiled["kernels"]
+    for name, usage in found.items():
         assert usage["shared"] <= ARCHITECTURES[arch], f"{name} wants {usage['shared']} bytes of shared memory"
         assert usage["stack"] <= 256, f"{name} spills {usage['stack']} bytes a thread"
 
@@ -176,3 +188,39 @@ def test_cuda_build_routing_names_its_limit():
         ValueError, match="build_routing: num_experts must be at most 12160 on the cuda backend, got 20000"
     ):
         cuda.build_routing(torch.zeros(4, 2, dtype=torch.int64), 20000, -1)
+
+
+def test_cuda_sources_are_compiled_once_and_never_during_capture(monkeypatch):
+    compiled = []
+
+    class RawModule:
+        def __init__(self, code, options):
+            assert "fm_routing_count" in code
+            compiled.append(options)
+
+        def get_function(self, name):
+            return SimpleNamespace(compile=lambda: None)
+
+    cupy = SimpleNamespace(RawModule=RawModule, cuda=SimpleNamespace(Device=nullcontext))
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    words = ("permutation.cu", "fm_routing_count", (("FM_E", 3),), 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="fm_routing_count.*must be compiled before a CUDA graph is captured"):
+        jit._compile(*words)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert jit._compile(*words) is jit._compile(*words)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    jit._compile(*words)
+    assert compiled == [("-std=c++17", "-DFM_E=3")]
+    jit._compile.cache_clear()
+
+
+def test_backends_say_what_is_missing(monkeypatch):
+    assert jit.triton_missing() is None
+    if not torch.cuda.is_available():
+        assert jit.cuda_missing() == "PyTorch sees no CUDA device"
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert "pip install" in jit.triton_missing.__wrapped__()
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "pip install" in jit.cuda_missing.__wrapped__()

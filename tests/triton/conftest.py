@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-if any("triton" in word for word in sys.argv[1:]):
+if any("tests/triton" in word for word in sys.argv[1:]):
     os.environ["TRITON_INTERPRET"] = "1"
 collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["test_*.py"]
 

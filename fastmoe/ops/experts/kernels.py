@@ -285,7 +285,7 @@ def _blocks(like: torch.Tensor, m: int, n: int, k: int, products: int = 1, most_
     }
     M, N, K = blocks.values()
     stage = (M * K + products * K * N) * like.element_size()
-    stages = max(1, min(4, (jit.shared_memory(like) - 4096) // stage))
+    stages = max(1, min(4, (jit.shared_memory(like) - 1024) // stage))
     return {**blocks, "num_warps": 8 if M * N * products >= 128 * 64 else 4, "num_stages": stages}
 
 
