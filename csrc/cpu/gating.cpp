@@ -34,8 +34,9 @@ void select_best(float* z, int64_t padded, int64_t K, int64_t* ids) {
             top1 = max(load(z + e + W), top1);
         }
         const vf best = splat(max(max(top0, top1)));
-        vi first = lane * 0 + INT32_MAX, id = lane;
-        for (int64_t e = 0; e < padded; e += W, id += W) first = ((load(z + e) == best) & (id < first)) ? id : first;
+        vi first = lane * 0 + INT32_MAX, id = lane + int32_t(padded - W);
+        for (int64_t e = padded - W; e >= 0; e -= W, id -= W)
+            first = load(z + e) == best ? id : first; /* the lowest id stays */
         ids[k] = min(first);
         z[ids[k]] = __builtin_nanf("");
     }
