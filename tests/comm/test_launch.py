@@ -1,5 +1,11 @@
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from fastmoe.comm import torchrun_environment
@@ -48,3 +54,23 @@ def test_bad_values_are_named():
         torchrun_environment(HYDRA | {"PMI_RANK": "x", "MASTER_ADDR": "a"})
     with pytest.raises(ValueError, match="must be below WORLD_SIZE = 8, got 8"):
         torchrun_environment(SLURM | {"SLURM_PROCID": "8", "MASTER_ADDR": "a"})
+
+
+def test_the_scaling_example_runs_as_mpirun_starts_it():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    example = Path(__file__).parents[2] / "examples" / "scaling.py"
+    ours = {name: value for name, value in os.environ.items() if name not in TORCHRUN} | {"MASTER_PORT": port}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(example), "--tokens", "32"],
+            env=ours | dict(zip(OPEN_MPI, (rank, "2", rank, "2"))),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    first, second = (rank.communicate(timeout=120)[0] for rank in ranks)
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    assert "2 ranks, 32 experts" in first and not second
