@@ -1,4 +1,4 @@
-"""What the checks of an op share: shapes, draws, the accuracy rule, poisoned memory. Used by the tests and by users of the ops."""
+"""What the checks of an op share: shapes, draws, the accuracy rule, poisoned memory, a recorder of operators."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0, se
 
 
 def draw_ids(shape: Shape, routing: str = "random", seed: int = 0) -> torch.Tensor:
-    """Expert ids [T, K] int64. random: distinct ones a token; empty_expert: none is E // 2; all_to_one: every slot E - 1;
-    dropped: random with a third of the slots and the whole first token -1.
+    """Expert ids [T, K] int64. random: distinct ones a token; empty_expert: none is E // 2; all_to_one: every slot is
+    E - 1; dropped: random with a third of the slots and the whole first token -1.
     """
     T, _, _, E, K, _ = shape
     ids_TK = torch.rand(T, E, generator=generator(seed)).argsort(1)[:, :K]
@@ -75,7 +75,7 @@ def ulp(value: float, dtype: torch.dtype) -> float:
 def assert_accurate(got: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor, name: str = "output") -> None:
     """The 2x rule: max |got - exact| <= 2 max |plain - exact| + 2 ulp at max |exact|.
 
-    exact: the result in float64. plain: plain torch's result in the dtype under test; got must have its shape and dtype.
+    exact: the result in float64. plain: plain torch's in the dtype under test; got must have its shape and dtype.
     Integer results must be equal. Raises AssertionError with the figures.
     """
     assert got.shape == plain.shape, f"{name}: shape {list(got.shape)}, wanted {list(plain.shape)}"
@@ -92,7 +92,9 @@ def assert_accurate(got: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor,
 
 def assert_bit_equal(got: torch.Tensor, want: torch.Tensor, name: str = "output") -> None:
     """Same shape, dtype and bits (so NaN equals NaN and 0 differs from -0)."""
-    assert (got.shape, got.dtype) == (want.shape, want.dtype), f"{name}: {got.dtype} {list(got.shape)}, wanted {want.dtype} {list(want.shape)}"
+    assert (got.shape, got.dtype) == (want.shape, want.dtype), (
+        f"{name}: {got.dtype} {list(got.shape)}, wanted {want.dtype} {list(want.shape)}"
+    )
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[got.element_size()]
     same = got.contiguous().view(-1).view(bits) == want.contiguous().view(-1).view(bits)
     assert bool(same.all()), f"{name}: {int((~same).sum())} of {same.numel()} elements differ in bits"
@@ -100,17 +102,22 @@ def assert_bit_equal(got: torch.Tensor, want: torch.Tensor, name: str = "output"
 
 def forward_backward(call: Callable[[dict[str, torch.Tensor]], object], inputs: dict[str, torch.Tensor],
                      frozen: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:  # fmt: skip
-    """Runs call(inputs), then backward from fixed normal gradients. Returns outputs by number and gradients by input name.
+    """Runs call(inputs), then backward from fixed normal gradients. Returns outputs by number, gradients by input name.
 
-    Floating inputs that are not `frozen` take gradients. The gradient of an output is drawn in the lowest precision among
-    the inputs, so that it is the same number in a run in that dtype and in float64.
+    Floating inputs that are not `frozen` take gradients. The gradient of an output is drawn in few enough bits for every
+    dtype, so that it is the same number in a run in bfloat16 and in float64.
     """
-    leaves = {name: tensor.detach().requires_grad_(tensor.is_floating_point() and name not in frozen)
-              for name, tensor in inputs.items()}  # fmt: skip
+    leaves = {
+        name: tensor.detach().requires_grad_(tensor.is_floating_point() and name not in frozen)
+        for name, tensor in inputs.items()
+    }
     outputs = call(leaves)
     outputs = (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs)
-    pairs = [(output, draw(*output.shape, dtype=torch.float16, seed=i).bfloat16().to(output.dtype))
-             for i, output in enumerate(outputs) if output.requires_grad]  # fmt: skip
+    pairs = [
+        (output, draw(*output.shape, dtype=torch.float16, seed=i).bfloat16().to(output.dtype))
+        for i, output in enumerate(outputs)
+        if output.requires_grad
+    ]
     results = {str(i): output.detach() for i, output in enumerate(outputs)}
     if pairs:
         torch.autograd.backward(*zip(*pairs))
@@ -139,12 +146,16 @@ def backend(name: str) -> Iterator[None]:
 def backends(family: str, device: str = "cpu") -> list[str]:
     """The backends that serve an op of this family on this device here, the reference last."""
     ops = [op for op in OPS.values() if op.family == family]
-    return [name for name in ("native", "cuda", "triton", "reference") if any(unavailable(op, name, device) is None for op in ops)]
+    return [
+        name
+        for name in ("native", "cuda", "triton", "reference")
+        if any(unavailable(op, name, device) is None for op in ops)
+    ]
 
 
 @contextmanager
 def poison() -> Iterator[None]:
-    """Fresh memory holds NaN (integers: their maximum) inside the block, kept workspaces too: what an op leaves unwritten shows."""
+    """Fresh memory holds NaN (integers: their maximum) inside the block: what an op leaves unwritten shows."""
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True

@@ -1,6 +1,8 @@
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle threads spinning on a busy machine cost minutes
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # before torch: idle threads spinning on a busy machine cost minutes
 
 import pytest
 

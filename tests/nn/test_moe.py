@@ -68,7 +68,9 @@ def test_moe_by_brute_force(options, T):
     ((y * dy_TD.double()).sum() + 3 * aux).backward()
     torch.testing.assert_close(x_TD.grad.double(), x64.grad, rtol=1e-4, atol=1e-5)
     for (name, param), param64 in zip(moe.named_parameters(), twin.parameters()):
-        torch.testing.assert_close(param.grad.double(), param64.grad, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            param.grad.double(), param64.grad, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 def test_any_leading_shape():
@@ -113,7 +115,9 @@ def test_bfloat16_module():
     x_TD = draw(20, 12, dtype=torch.bfloat16).requires_grad_()
     out = moe(x_TD)
     (out.y.sum() + out.aux_loss).backward()
-    assert out.y.dtype == x_TD.grad.dtype == torch.bfloat16 and all(p.grad.dtype == torch.bfloat16 for p in moe.parameters())
+    assert out.y.dtype == x_TD.grad.dtype == torch.bfloat16 and all(
+        p.grad.dtype == torch.bfloat16 for p in moe.parameters()
+    )
 
 
 def test_frozen_experts_still_train_the_router():
@@ -128,7 +132,9 @@ def test_frozen_experts_still_train_the_router():
 def test_experts_sort_for_themselves():
     experts = nn.Experts(12, 7, 5)
     x_TD, ids_TK, weights_TK = draw(9, 12), testing.draw_ids(testing.Shape(9, 12, 7, 5, 2, 1)), torch.rand(9, 2)
-    assert torch.equal(experts(x_TD, ids_TK, weights_TK), experts(x_TD, ids_TK, weights_TK, ops.build_routing(ids_TK, 5)))
+    assert torch.equal(
+        experts(x_TD, ids_TK, weights_TK), experts(x_TD, ids_TK, weights_TK, ops.build_routing(ids_TK, 5))
+    )
 
 
 @pytest.mark.parametrize(("message", "changes"), [

@@ -8,8 +8,19 @@ from torch.nn.functional import cross_entropy, rms_norm, silu
 from fastmoe import nn, testing
 from fastmoe.config import ModelConfig
 
-SMALL = ModelConfig(vocab_size=50, d_model=16, num_layers=3, num_heads=4, max_seq_len=64, num_dense_layers=1, d_ff_dense=24,
-                    num_experts=4, top_k=2, d_ff=8, init_std=0.2)  # fmt: skip
+SMALL = ModelConfig(
+    vocab_size=50,
+    d_model=16,
+    num_layers=3,
+    num_heads=4,
+    max_seq_len=64,
+    num_dense_layers=1,
+    d_ff_dense=24,
+    num_experts=4,
+    top_k=2,
+    d_ff=8,
+    init_std=0.2,
+)
 VARIANTS = {
     "plain": SMALL, "grouped_heads": replace(SMALL, num_kv_heads=2), "shared": replace(SMALL, num_shared_experts=1),
     "capacity": replace(SMALL, capacity_factor=0.8), "all_dense": replace(SMALL, num_dense_layers=3),
@@ -77,18 +88,26 @@ def test_transformer_by_the_formulas(name):
     (out.loss + out.aux_loss).backward()
     (loss + aux).backward()
     for (label, param), param64 in zip(model.named_parameters(), twin.parameters()):
-        torch.testing.assert_close(param.grad.double(), param64.grad, rtol=1e-3, atol=1e-5, msg=lambda m, label=label: f"{label}: {m}")
+        torch.testing.assert_close(
+            param.grad.double(), param64.grad, rtol=1e-3, atol=1e-5, msg=lambda m, label=label: f"{label}: {m}"
+        )
 
 
 def test_shapes_of_the_output():
     model, (ids_BS, targets_BS) = make(SMALL), batch()
     out = model(ids_BS, targets_BS)
     assert out.logits_BSV is None and out.loss.shape == () and out.load_LE.shape == (2, 4)
-    assert out.load_LE.sum(1).tolist() == [2 * 17 * 2] * 2 and out.dropped_L.tolist() == out.nan_tokens_L.tolist() == [0, 0]
+    assert out.load_LE.sum(1).tolist() == [2 * 17 * 2] * 2 and out.dropped_L.tolist() == out.nan_tokens_L.tolist() == [
+        0,
+        0,
+    ]
     dense = make(VARIANTS["all_dense"])(ids_BS, targets_BS)
     assert dense.load_LE.shape == (0, 4) and dense.aux_loss == 0
     assert int(make(VARIANTS["capacity"])(ids_BS, targets_BS).dropped_L.sum()) > 0
-    assert make(VARIANTS["tied"]).head is make(SMALL).head or make(VARIANTS["tied"]).num_parameters() == model.num_parameters() - 800
+    assert (
+        make(VARIANTS["tied"]).head is make(SMALL).head
+        or make(VARIANTS["tied"]).num_parameters() == model.num_parameters() - 800
+    )
 
 
 def test_one_token():
@@ -116,7 +135,9 @@ def test_a_later_token_changes_no_earlier_logit():
     changed = ids_BS.clone()
     changed[:, 8:] = (changed[:, 8:] + 1) % 50
     with torch.no_grad():
-        torch.testing.assert_close(model(ids_BS).logits_BSV[:, :8], model(changed).logits_BSV[:, :8], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            model(ids_BS).logits_BSV[:, :8], model(changed).logits_BSV[:, :8], rtol=1e-6, atol=1e-6
+        )
 
 
 def gradients(model, ids_BS, targets_BS):
@@ -173,7 +194,9 @@ def test_compiles_whole(checkpointed):
     torch.testing.assert_close(out.loss, want_out.loss, rtol=1e-6, atol=1e-6)
     assert torch.equal(out.load_LE, want_out.load_LE)
     for label, param in compiled.named_parameters():
-        torch.testing.assert_close(param.grad, want[label], rtol=1e-5, atol=1e-6, msg=lambda m, label=label: f"{label}: {m}")
+        torch.testing.assert_close(
+            param.grad, want[label], rtol=1e-5, atol=1e-6, msg=lambda m, label=label: f"{label}: {m}"
+        )
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
@@ -185,20 +208,30 @@ def test_compiles_with_inductor():
     out = torch.compile(compiled, fullgraph=True)(ids_BS, targets_BS)
     (out.loss + out.aux_loss).backward()
     for label, param in compiled.named_parameters():
-        torch.testing.assert_close(param.grad, want[label], rtol=1e-4, atol=1e-5, msg=lambda m, label=label: f"{label}: {m}")
+        torch.testing.assert_close(
+            param.grad, want[label], rtol=1e-4, atol=1e-5, msg=lambda m, label=label: f"{label}: {m}"
+        )
 
 
-@pytest.mark.parametrize(("message", "changes"), [
-    *[(f"fastmoe.Transformer: {name} must be at least 1, got 0", {name: 0})
-      for name in ("vocab_size", "d_model", "num_layers", "num_heads", "d_ff", "num_experts", "top_k")],
-    ("fastmoe.Transformer: num_dense_layers must be in 0..3 (num_layers), got 4", {"num_dense_layers": 4}),
-    ("fastmoe.Transformer: num_dense_layers must be in 0..3 (num_layers), got -1", {"num_dense_layers": -1}),
-    ("fastmoe.Transformer: d_ff_dense must be at least 1, got 0", {"d_ff_dense": 0}),
-    ("fastmoe.MoE: top_k must be in 1..4 (num_experts), got 5", {"top_k": 5}),
-    ("fastmoe.Attention: num_heads must divide d_model", {"num_heads": 3}),
-    ("fastmoe.Attention: num_heads must divide d_model", {"num_heads": 16}),  # heads of one element have no halves to rotate
-    ("fastmoe.Attention: num_heads must divide d_model", {"num_kv_heads": 3}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("message", "changes"),
+    [
+        *[
+            (f"fastmoe.Transformer: {name} must be at least 1, got 0", {name: 0})
+            for name in ("vocab_size", "d_model", "num_layers", "num_heads", "d_ff", "num_experts", "top_k")
+        ],
+        ("fastmoe.Transformer: num_dense_layers must be in 0..3 (num_layers), got 4", {"num_dense_layers": 4}),
+        ("fastmoe.Transformer: num_dense_layers must be in 0..3 (num_layers), got -1", {"num_dense_layers": -1}),
+        ("fastmoe.Transformer: d_ff_dense must be at least 1, got 0", {"d_ff_dense": 0}),
+        ("fastmoe.MoE: top_k must be in 1..4 (num_experts), got 5", {"top_k": 5}),
+        ("fastmoe.Attention: num_heads must divide d_model", {"num_heads": 3}),
+        (
+            "fastmoe.Attention: num_heads must divide d_model",
+            {"num_heads": 16},
+        ),  # heads of one element have no halves to rotate
+        ("fastmoe.Attention: num_heads must divide d_model", {"num_kv_heads": 3}),
+    ],
+)
 def test_bad_settings(message, changes):
     with pytest.raises(ValueError) as error:
         nn.Transformer(replace(SMALL, **changes))
@@ -206,7 +239,9 @@ def test_bad_settings(message, changes):
 
 
 def test_too_many_positions():
-    with pytest.raises(ValueError, match=r"fastmoe\.Transformer: ids_BS must end within max_seq_len = 64, got 0 \+ 65 positions"):
+    with pytest.raises(
+        ValueError, match=r"fastmoe\.Transformer: ids_BS must end within max_seq_len = 64, got 0 \+ 65 positions"
+    ):
         make(SMALL)(torch.zeros(1, 65, dtype=torch.int64))
 
 

@@ -71,7 +71,10 @@ class Battery:
     def pytest_generate_tests(self, metafunc):
         cls = metafunc.cls
         if "case" in metafunc.fixturenames:
-            only = {"test_accurate": lambda case: True, "test_repeats_at_any_thread_count": lambda case: case.thorough or case.parallel}
+            only = {
+                "test_accurate": lambda case: True,
+                "test_repeats_at_any_thread_count": lambda case: case.thorough or case.parallel,
+            }
             wanted = only.get(metafunc.function.__name__, lambda case: case.thorough)
             metafunc.parametrize("case", [case for case in cls.cases if wanted(case)], ids=lambda case: case.id)
         if "backend" in metafunc.fixturenames:

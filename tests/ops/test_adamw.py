@@ -15,9 +15,12 @@ def state(dtype, sizes):
     tensors = {}
     for i, size in enumerate(sizes):
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        tensors |= {f"params{i}": draw(*size, dtype=dtype, seed=i), f"grads{i}": draw(*size, dtype=dtype, seed=i + 50, scale=0.1),
-                    f"exp_avgs{i}": draw(*size, dtype=wide, seed=i + 100, scale=0.1),
-                    f"exp_avg_sqs{i}": draw(*size, dtype=wide, seed=i + 150, scale=0.1).square()}  # fmt: skip
+        tensors |= {
+            f"params{i}": draw(*size, dtype=dtype, seed=i),
+            f"grads{i}": draw(*size, dtype=dtype, seed=i + 50, scale=0.1),
+            f"exp_avgs{i}": draw(*size, dtype=wide, seed=i + 100, scale=0.1),
+            f"exp_avg_sqs{i}": draw(*size, dtype=wide, seed=i + 150, scale=0.1).square(),
+        }
     return tensors
 
 
@@ -39,11 +42,18 @@ def adamw_case(name, sizes, thorough=False, parallel=False, **options):
 
 class TestAdamW(Battery):
     family = "adamw"
-    cases = [adamw_case(size, [(s.E, s.D, s.F), (s.D,)], thorough=size == "odd", parallel=size == "tiny") for size, s in SHAPES.items()] + [
-        adamw_case("first_step", [(65,)], step=1), adamw_case("late_step", [(65,)], step=100_000),
-        adamw_case("clipped", [(65,)], grad_scale=0.125), adamw_case("no_decay", [(65,)], weight_decay=0.0),
-        adamw_case("no_tensors", []), adamw_case("scalar", [()]), adamw_case("many", [(i % 7, 3) for i in range(60)], parallel=True),
-    ]  # fmt: skip
+    cases = [
+        adamw_case(size, [(s.E, s.D, s.F), (s.D,)], thorough=size == "odd", parallel=size == "tiny")
+        for size, s in SHAPES.items()
+    ] + [
+        adamw_case("first_step", [(65,)], step=1),
+        adamw_case("late_step", [(65,)], step=100_000),
+        adamw_case("clipped", [(65,)], grad_scale=0.125),
+        adamw_case("no_decay", [(65,)], weight_decay=0.0),
+        adamw_case("no_tensors", []),
+        adamw_case("scalar", [()]),
+        adamw_case("many", [(i % 7, 3) for i in range(60)], parallel=True),
+    ]
 
     def test_matches_torch(self, backend):
         param = draw(300).requires_grad_()

@@ -25,7 +25,7 @@ class Results(torch.utils.data.Dataset):
 torch.set_num_threads(2)
 inputs = [case.make(torch.float32) for case in cases]
 want = [Results()[i] for i in range(len(cases))]
-small = [i for i, case in enumerate(cases) if not case.parallel]  # torch's own operators hang in such a child where they go parallel
+small = [i for i, case in enumerate(cases) if not case.parallel]  # torch's own parallel loops hang in a forked child
 loader = torch.utils.data.DataLoader(Results(), num_workers=1, batch_size=None, multiprocessing_context="fork")
 for case, got, expected in zip(cases, loader, want):
     assert got == expected, ("worker", case.id)
@@ -46,5 +46,7 @@ print(f"{len(cases)} cases equal")
 
 def test_ops_run_in_forked_children():
     root = Path(__file__).parents[2]
-    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", SCRIPT], cwd=root, capture_output=True, text=True, timeout=240)
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SCRIPT], cwd=root, capture_output=True, text=True, timeout=240
+    )
     assert ran.returncode == 0 and "cases equal" in ran.stdout, ran.stdout + ran.stderr[-3000:]

@@ -19,8 +19,10 @@ def gate_case(size, score="softmax", renormalize=True, thorough=False, parallel=
 class TestGating(Battery):
     family = "gating"
     cases = [gate_case(size, thorough=size == "odd", parallel=size == "tiny") for size in SHAPES] + [
-        gate_case("odd", "sigmoid", True), gate_case("odd", "softmax", False), gate_case("fine", "sigmoid", False, thorough=True),
-    ]  # fmt: skip
+        gate_case("odd", "sigmoid", True),
+        gate_case("odd", "softmax", False),
+        gate_case("fine", "sigmoid", False, thorough=True),
+    ]
 
     def test_matches_softmax_then_topk(self, backend):
         logits_TE = draw(50, 16).requires_grad_()
@@ -30,7 +32,9 @@ class TestGating(Battery):
         top = probs.topk(4, 1)
         assert torch.equal(ids_TK, top.indices) and ids_TK.dtype == torch.int64
         torch.testing.assert_close(probs_TE.double(), probs, rtol=1e-6, atol=1e-7)
-        torch.testing.assert_close(weights_TK.double(), top.values / top.values.sum(1, keepdim=True), rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(
+            weights_TK.double(), top.values / top.values.sum(1, keepdim=True), rtol=1e-6, atol=1e-7
+        )
 
     def test_worked_example(self, backend):
         with self.on(backend):
@@ -84,7 +88,10 @@ class TestGating(Battery):
     def test_refuses_nan_and_infinity(self, backend, value, at):
         logits_TE = draw(7, 5)
         logits_TE[at] = value
-        with self.on(backend), pytest.raises(ValueError, match=rf"fastmoe\.topk_gate: logits_TE .*NaN.* token {at[0]}$"):
+        with (
+            self.on(backend),
+            pytest.raises(ValueError, match=rf"fastmoe\.topk_gate: logits_TE .*NaN.* token {at[0]}$"),
+        ):
             ops.topk_gate(logits_TE, 2)
 
     def test_refuses_a_token_with_every_expert_masked(self, backend):

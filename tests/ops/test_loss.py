@@ -16,11 +16,19 @@ def targets(shape, ignored=0):
 
 def loss_case(name, shape, ignored=0, reduction="mean", thorough=False, parallel=False, index=torch.int64):
     def make(dtype):
-        return {"x_TD": draw(shape.T, shape.D, dtype=dtype), "weight_VD": draw(shape.V, shape.D, dtype=dtype, scale=0.3, seed=1),
-                "targets_T": targets(shape, ignored).to(index)}  # fmt: skip
+        return {
+            "x_TD": draw(shape.T, shape.D, dtype=dtype),
+            "weight_VD": draw(shape.V, shape.D, dtype=dtype, scale=0.3, seed=1),
+            "targets_T": targets(shape, ignored).to(index),
+        }
 
-    return Case(name, lambda x: ops.linear_cross_entropy(x["x_TD"], x["weight_VD"], x["targets_T"], reduction=reduction), make,
-                thorough=thorough, parallel=parallel)  # fmt: skip
+    return Case(
+        name,
+        lambda x: ops.linear_cross_entropy(x["x_TD"], x["weight_VD"], x["targets_T"], reduction=reduction),
+        make,
+        thorough=thorough,
+        parallel=parallel,
+    )
 
 
 class TestLoss(Battery):
@@ -34,7 +42,11 @@ class TestLoss(Battery):
 
     @pytest.mark.parametrize("reduction", ["mean", "sum"])
     def test_matches_torch(self, backend, reduction):
-        x_TD, weight_VD, targets_T = draw(50, 24).requires_grad_(), draw(17, 24, seed=1).requires_grad_(), torch.arange(50) % 17
+        x_TD, weight_VD, targets_T = (
+            draw(50, 24).requires_grad_(),
+            draw(17, 24, seed=1).requires_grad_(),
+            torch.arange(50) % 17,
+        )
         targets_T[::7] = -100
         x64, weight64 = (t.detach().double().requires_grad_() for t in (x_TD, weight_VD))
         with self.on(backend):
@@ -68,7 +80,11 @@ class TestLoss(Battery):
             ops.linear_cross_entropy(draw(40, 4), draw(17, 4), targets_T)
 
     def test_autocast_lowers_the_matrices_and_keeps_the_loss_wide(self, backend):
-        x_TD, weight_VD, targets_T = draw(9, 8).requires_grad_(), draw(7, 8, seed=1).requires_grad_(), torch.arange(9) % 7
+        x_TD, weight_VD, targets_T = (
+            draw(9, 8).requires_grad_(),
+            draw(7, 8, seed=1).requires_grad_(),
+            torch.arange(9) % 7,
+        )
         with self.on(backend):
             want = ops.linear_cross_entropy(x_TD.bfloat16(), weight_VD.bfloat16(), targets_T)
             with torch.autocast("cpu", torch.bfloat16):
@@ -84,7 +100,9 @@ class TestLoss(Battery):
         with self.on(backend), testing.Recorder() as recorder:
             ops.linear_cross_entropy(x_TD, weight_VD, torch.arange(9) % 7)
         ((_, _, (_, dx_TD, dweight_VD)),) = recorder.calls
-        assert list(dx_TD.shape) == ([9, 8] if need_x else [0]) and list(dweight_VD.shape) == ([7, 8] if need_weight else [0])
+        assert list(dx_TD.shape) == ([9, 8] if need_x else [0]) and list(dweight_VD.shape) == (
+            [7, 8] if need_weight else [0]
+        )
 
     def test_no_grad_saves_nothing(self, backend):
         with self.on(backend), testing.Recorder() as recorder, torch.no_grad():

@@ -10,7 +10,10 @@ from tests.ops.battery import Battery, Case
 
 def norm_case(name, shape, weight_dtype=None, thorough=False, parallel=False):
     def make(dtype):
-        return {"x": draw(*shape, dtype=dtype, scale=2), "weight_D": 1 + draw(shape[-1], dtype=weight_dtype or dtype, seed=1)}
+        return {
+            "x": draw(*shape, dtype=dtype, scale=2),
+            "weight_D": 1 + draw(shape[-1], dtype=weight_dtype or dtype, seed=1),
+        }
 
     return Case(name, lambda x: ops.rms_norm(x["x"], x["weight_D"], 1e-5), make, thorough=thorough,
                 parallel=parallel)  # fmt: skip
@@ -52,17 +55,24 @@ class TestNorm(Battery):
         assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(got, want))
 
 
-@pytest.mark.parametrize(("error", "message", "arguments"), [
-    (ValueError, "weight_D must be of shape [D]", (draw(4, 5), draw(5, 1))),
-    (ValueError, "x must be of shape [..., D] = [any, 4]", (draw(4, 5), draw(4))),
-    (ValueError, "x must be of shape", (torch.tensor(1.0), draw(4))),
-    (ValueError, "D must be at least 1", (draw(4, 0), draw(0))),
-    (ValueError, "x must be on cpu, got meta", (draw(4, 5).to("meta"), draw(5))),
-    (TypeError, "x must be float32", (torch.ones(4, 5, dtype=torch.int32), draw(5))),
-    (TypeError, "weight_D must be torch.float16 or torch.float32, got torch.bfloat16", (draw(4, 5).half(), draw(5).bfloat16())),
-    (TypeError, "weight_D must be", (draw(4, 5), draw(5).double())),
-    (TypeError, "weight_D must be a torch.Tensor, got NoneType", (draw(4, 5), None)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [
+        (ValueError, "weight_D must be of shape [D]", (draw(4, 5), draw(5, 1))),
+        (ValueError, "x must be of shape [..., D] = [any, 4]", (draw(4, 5), draw(4))),
+        (ValueError, "x must be of shape", (torch.tensor(1.0), draw(4))),
+        (ValueError, "D must be at least 1", (draw(4, 0), draw(0))),
+        (ValueError, "x must be on cpu, got meta", (draw(4, 5).to("meta"), draw(5))),
+        (TypeError, "x must be float32", (torch.ones(4, 5, dtype=torch.int32), draw(5))),
+        (
+            TypeError,
+            "weight_D must be torch.float16 or torch.float32, got torch.bfloat16",
+            (draw(4, 5).half(), draw(5).bfloat16()),
+        ),
+        (TypeError, "weight_D must be", (draw(4, 5), draw(5).double())),
+        (TypeError, "weight_D must be a torch.Tensor, got NoneType", (draw(4, 5), None)),
+    ],
+)
 def test_bad_input(error, message, arguments):
     with pytest.raises(error, match=re.escape("fastmoe.rms_norm: " + message)):
         ops.rms_norm(*arguments)

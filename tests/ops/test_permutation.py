@@ -42,15 +42,24 @@ def from_experts(shape):
 
 def routing_case(size, routing, index=torch.int64, capacity=None, thorough=False):
     s = SHAPES[size]
-    return Case(f"build-{size}-{routing}-{str(index)[6:]}-{capacity}",
-                lambda x: ops.build_routing(x["topk_ids_TK"], s.E, capacity),
-                lambda dtype: {"topk_ids_TK": draw_ids(s, routing).to(index)}, moves_data=True, thorough=thorough)  # fmt: skip
+    return Case(
+        f"build-{size}-{routing}-{str(index)[6:]}-{capacity}",
+        lambda x: ops.build_routing(x["topk_ids_TK"], s.E, capacity),
+        lambda dtype: {"topk_ids_TK": draw_ids(s, routing).to(index)},
+        moves_data=True,
+        thorough=thorough,
+    )
 
 
 def from_experts_case(size, thorough=False):
     s = SHAPES[size]
-    return Case(f"from_experts-{size}", lambda x: ops.build_routing_from_experts(x["token_R"], x["offsets"], s.T),
-                lambda dtype: dict(zip(("token_R", "offsets"), from_experts(s))), moves_data=True, thorough=thorough)  # fmt: skip
+    return Case(
+        f"from_experts-{size}",
+        lambda x: ops.build_routing_from_experts(x["token_R"], x["offsets"], s.T),
+        lambda dtype: dict(zip(("token_R", "offsets"), from_experts(s))),
+        moves_data=True,
+        thorough=thorough,
+    )
 
 
 def with_routing(shape, routing, capacity=None):
@@ -114,7 +123,9 @@ class TestPermutation(Battery):
             src_row_R, dst_row_TK, offsets = ops.build_routing(torch.tensor([[1, 0], [0, -1], [1, 1]]), 2)
             assert (src_row_R.tolist(), dst_row_TK.tolist(), offsets.tolist()) == (
                 [1, 2, 0, 4, 5, -1], [[2, 0], [1, -1], [3, 4]], [0, 2, 5])  # fmt: skip
-            src_row_R, dst_row_TK, _ = ops.build_routing_from_experts(torch.tensor([0, 2, 1, 2]), torch.tensor([0, 2, 4]), 3)
+            src_row_R, dst_row_TK, _ = ops.build_routing_from_experts(
+                torch.tensor([0, 2, 1, 2]), torch.tensor([0, 2, 4]), 3
+            )
             assert (src_row_R.tolist(), dst_row_TK.tolist()) == ([0, 4, 3, 5], [[0, -1], [-1, 2], [1, 3]])
 
     def test_capacity_prefers_first_choices_then_token_order(self, backend):
@@ -137,7 +148,10 @@ class TestPermutation(Battery):
 
     def test_matches_autograd_of_plain_indexing(self, backend):
         shape = SHAPES["odd"]
-        y_RD, weights_TK = draw(shape.T * shape.K, shape.D).requires_grad_(), draw(shape.T, shape.K, seed=1).requires_grad_()
+        y_RD, weights_TK = (
+            draw(shape.T * shape.K, shape.D).requires_grad_(),
+            draw(shape.T, shape.K, seed=1).requires_grad_(),
+        )
         y64, weights64 = (t.detach().double().requires_grad_() for t in (y_RD, weights_TK))
         dout_TD = draw(shape.T, shape.D, seed=2)
         with self.on(backend):
@@ -169,13 +183,25 @@ class TestPermutation(Battery):
         ids_TK = torch.zeros(40, 2, dtype=torch.int64)
         ids_TK[30, 1] = bad
         for capacity in (None, 3):
-            with self.on(backend), pytest.raises(ValueError, match=rf"fastmoe\.build_routing: topk_ids_TK must be in -1\.\.4, got {bad}$"):
+            with (
+                self.on(backend),
+                pytest.raises(ValueError, match=rf"fastmoe\.build_routing: topk_ids_TK must be in -1\.\.4, got {bad}$"),
+            ):
                 ops.build_routing(ids_TK, 5, capacity)
 
-    @pytest.mark.parametrize(("token_R", "offsets", "argument"), [
-        ([0, 3], [0, 2], "token_R"), ([-1, 0], [0, 2], "token_R"), ([1, 0], [0, 2], "token_R"), ([1, 1], [0, 2], "token_R"),
-        ([0, 1], [0, 3, 2], "offsets"), ([0, 1], [1, 2], "offsets"), ([0, 1], [0, 1], "offsets"), ([0, 1], [0, 3], "offsets"),
-    ])  # fmt: skip
+    @pytest.mark.parametrize(
+        ("token_R", "offsets", "argument"),
+        [
+            ([0, 3], [0, 2], "token_R"),
+            ([-1, 0], [0, 2], "token_R"),
+            ([1, 0], [0, 2], "token_R"),
+            ([1, 1], [0, 2], "token_R"),
+            ([0, 1], [0, 3, 2], "offsets"),
+            ([0, 1], [1, 2], "offsets"),
+            ([0, 1], [0, 1], "offsets"),
+            ([0, 1], [0, 3], "offsets"),
+        ],
+    )
     def test_refuses_lists_of_tokens_that_do_not_fit(self, backend, token_R, offsets, argument):
         with self.on(backend), pytest.raises(ValueError, match=rf"fastmoe\.build_routing_from_experts: .*{argument}"):
             ops.build_routing_from_experts(torch.tensor(token_R), torch.tensor(offsets), 3)
@@ -241,35 +267,97 @@ def test_from_experts_equals_build_routing_of_the_same_choice():
 ROUTING = ops.build_routing(torch.tensor([[1, 0], [0, 1], [1, 1]]), 2)
 
 
-@pytest.mark.parametrize(("error", "message", "call"), [
-    (ValueError, "build_routing: topk_ids_TK must be of shape [T, K]", lambda: ops.build_routing(torch.zeros(4, dtype=torch.int64), 2)),
-    (TypeError, "build_routing: topk_ids_TK must be int32 or int64, got torch.float32", lambda: ops.build_routing(draw(4, 2), 2)),
-    (ValueError, "build_routing: num_experts must be at least 1", lambda: ops.build_routing(torch.zeros(4, 2, dtype=torch.int64), 0)),
-    (ValueError, "build_routing: K must be at least 1", lambda: ops.build_routing(torch.zeros(4, 0, dtype=torch.int64), 2)),
-    (ValueError, "build_routing: capacity must be None or at least 0, got -1",
-     lambda: ops.build_routing(torch.zeros(4, 2, dtype=torch.int64), 2, -1)),
-    (ValueError, "build_routing: the number of slots must be below 2**31",
-     lambda: ops.build_routing(torch.zeros(1, 1, dtype=torch.int32).expand(2**30, 2), 2)),
-    (TypeError, "build_routing_from_experts: token_R must be int32",
-     lambda: ops.build_routing_from_experts(draw(3), torch.tensor([0, 3]), 3)),
-    (ValueError, "build_routing_from_experts: num_experts must be at least 1",
-     lambda: ops.build_routing_from_experts(torch.tensor([0]), torch.tensor([0]), 3)),
-    (ValueError, "build_routing_from_experts: num_tokens must be at least 0",
-     lambda: ops.build_routing_from_experts(torch.tensor([0]), torch.tensor([0, 1]), -1)),
-    (ValueError, "permute: x_TD must be of shape [T, D] = [3, any], got [4, 8]", lambda: ops.permute(draw(4, 8), ROUTING)),
-    (TypeError, "permute: x_TD must be float32", lambda: ops.permute(torch.ones(3, 8, dtype=torch.int32), ROUTING)),
-    (ValueError, "permute: routing.src_row_R must be on meta, got cpu", lambda: ops.permute(draw(3, 8).to("meta"), ROUTING)),
-    (TypeError, "permute: routing.dst_row_TK must be int32, got torch.int64",
-     lambda: ops.permute(draw(3, 8), ROUTING._replace(dst_row_TK=ROUTING.dst_row_TK.long()))),
-    (ValueError, "unpermute: y_RD must be of shape [R, D] = [6, any], got [5, 8]", lambda: ops.unpermute(draw(5, 8), ROUTING)),
-    (ValueError, "unpermute: topk_weights_TK must be of shape [T, K] = [3, 2], got [3, 3]",
-     lambda: ops.unpermute(draw(6, 8), ROUTING, draw(3, 3))),
-    (TypeError, "unpermute: topk_weights_TK must be", lambda: ops.unpermute(draw(6, 8), ROUTING, draw(3, 2).half())),
-    (ValueError, "unpermute: topk_weights_TK must be on cpu, got meta",
-     lambda: ops.unpermute(draw(6, 8), ROUTING, draw(3, 2).to("meta"))),
-    (ValueError, "permute: routing.src_row_R must be of shape", lambda: ops.permute(
-        draw(3, 8), ROUTING._replace(src_row_R=torch.zeros(2, 3, dtype=torch.int32)))),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("error", "message", "call"),
+    [
+        (
+            ValueError,
+            "build_routing: topk_ids_TK must be of shape [T, K]",
+            lambda: ops.build_routing(torch.zeros(4, dtype=torch.int64), 2),
+        ),
+        (
+            TypeError,
+            "build_routing: topk_ids_TK must be int32 or int64, got torch.float32",
+            lambda: ops.build_routing(draw(4, 2), 2),
+        ),
+        (
+            ValueError,
+            "build_routing: num_experts must be at least 1",
+            lambda: ops.build_routing(torch.zeros(4, 2, dtype=torch.int64), 0),
+        ),
+        (
+            ValueError,
+            "build_routing: K must be at least 1",
+            lambda: ops.build_routing(torch.zeros(4, 0, dtype=torch.int64), 2),
+        ),
+        (
+            ValueError,
+            "build_routing: capacity must be None or at least 0, got -1",
+            lambda: ops.build_routing(torch.zeros(4, 2, dtype=torch.int64), 2, -1),
+        ),
+        (
+            ValueError,
+            "build_routing: the number of slots must be below 2**31",
+            lambda: ops.build_routing(torch.zeros(1, 1, dtype=torch.int32).expand(2**30, 2), 2),
+        ),
+        (
+            TypeError,
+            "build_routing_from_experts: token_R must be int32",
+            lambda: ops.build_routing_from_experts(draw(3), torch.tensor([0, 3]), 3),
+        ),
+        (
+            ValueError,
+            "build_routing_from_experts: num_experts must be at least 1",
+            lambda: ops.build_routing_from_experts(torch.tensor([0]), torch.tensor([0]), 3),
+        ),
+        (
+            ValueError,
+            "build_routing_from_experts: num_tokens must be at least 0",
+            lambda: ops.build_routing_from_experts(torch.tensor([0]), torch.tensor([0, 1]), -1),
+        ),
+        (
+            ValueError,
+            "permute: x_TD must be of shape [T, D] = [3, any], got [4, 8]",
+            lambda: ops.permute(draw(4, 8), ROUTING),
+        ),
+        (TypeError, "permute: x_TD must be float32", lambda: ops.permute(torch.ones(3, 8, dtype=torch.int32), ROUTING)),
+        (
+            ValueError,
+            "permute: routing.src_row_R must be on meta, got cpu",
+            lambda: ops.permute(draw(3, 8).to("meta"), ROUTING),
+        ),
+        (
+            TypeError,
+            "permute: routing.dst_row_TK must be int32, got torch.int64",
+            lambda: ops.permute(draw(3, 8), ROUTING._replace(dst_row_TK=ROUTING.dst_row_TK.long())),
+        ),
+        (
+            ValueError,
+            "unpermute: y_RD must be of shape [R, D] = [6, any], got [5, 8]",
+            lambda: ops.unpermute(draw(5, 8), ROUTING),
+        ),
+        (
+            ValueError,
+            "unpermute: topk_weights_TK must be of shape [T, K] = [3, 2], got [3, 3]",
+            lambda: ops.unpermute(draw(6, 8), ROUTING, draw(3, 3)),
+        ),
+        (
+            TypeError,
+            "unpermute: topk_weights_TK must be",
+            lambda: ops.unpermute(draw(6, 8), ROUTING, draw(3, 2).half()),
+        ),
+        (
+            ValueError,
+            "unpermute: topk_weights_TK must be on cpu, got meta",
+            lambda: ops.unpermute(draw(6, 8), ROUTING, draw(3, 2).to("meta")),
+        ),
+        (
+            ValueError,
+            "permute: routing.src_row_R must be of shape",
+            lambda: ops.permute(draw(3, 8), ROUTING._replace(src_row_R=torch.zeros(2, 3, dtype=torch.int32))),
+        ),
+    ],
+)
 def test_bad_input(error, message, call):
     with pytest.raises(error, match=re.escape("fastmoe." + message)):
         call()

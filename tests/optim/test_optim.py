@@ -14,7 +14,9 @@ BACKENDS = [name for name in testing.backends("adamw") if name in ("native", "re
 
 
 def params(dtype=torch.float32):
-    return [torch.nn.Parameter(draw(*shape, dtype=dtype, seed=i)) for i, shape in enumerate([(33, 7), (5,), (2, 3, 4), ()])]
+    return [
+        torch.nn.Parameter(draw(*shape, dtype=dtype, seed=i)) for i, shape in enumerate([(33, 7), (5,), (2, 3, 4), ()])
+    ]
 
 
 def set_grads(tensors, step):
@@ -115,8 +117,11 @@ def test_a_torch_scheduler_drives_it():
     assert rates == [0.5, 0.25, 0.125]
 
 
-@pytest.mark.parametrize("settings", [{"lr": -1.0}, {"betas": (0.9, 1.0)}, {"betas": (-0.1, 0.9)}, {"eps": -1e-8}, {"weight_decay": -1.0}],
-                         ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [{"lr": -1.0}, {"betas": (0.9, 1.0)}, {"betas": (-0.1, 0.9)}, {"eps": -1e-8}, {"weight_decay": -1.0}],
+    ids=str,
+)
 def test_bad_settings(settings):
     with pytest.raises(ValueError, match=rf"fastmoe\.AdamW: {next(iter(settings))} must be at least 0"):
         AdamW(params(), **settings)
