@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from fastmoe.integrations import enable
+from fastmoe import enable
 
 torch.manual_seed(0)
 model = Qwen3MoeForCausalLM(Qwen3MoeConfig(

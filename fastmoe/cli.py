@@ -24,6 +24,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if argv[:1] == ["train"]:
             return _train(argv[1:])
+        if argv[:1] == ["plan"]:
+            from fastmoe.scale.planner import main as plan
+
+            return plan(argv[1:])
         args = _parser().parse_args(argv)
         return args.run(args) or 0
     except KeyboardInterrupt:
@@ -53,6 +57,8 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     commands.add_parser("train", help="train a model: fastmoe train RECIPE [--resume] [--GROUP.FIELD VALUE ...]")
+
+    commands.add_parser("plan", help="say whether a published model fits a machine: fastmoe plan PRESET --devices N --device-memory 32GB")
 
     generate = add("generate", _generate, "continue a prompt with a trained model")
     generate.add_argument(
