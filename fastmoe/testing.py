@@ -102,9 +102,9 @@ def assert_bit_equal(got: torch.Tensor, want: torch.Tensor, name: str = "output"
 
 def forward_backward(call: Callable[[dict[str, torch.Tensor]], object], inputs: dict[str, torch.Tensor],
                      frozen: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:  # fmt: skip
-    """Runs call(inputs), then backward from fixed normal gradients. Returns outputs by number, gradients by input name.
+    """Runs call(inputs), then backward from fixed normal gradients. Returns outputs by number, gradients by name.
 
-    Floating inputs that are not `frozen` take gradients. The gradient of an output is drawn in few enough bits for every
+    Floating inputs that are not `frozen` take gradients. The gradient of an output has few enough bits for every
     dtype, so that it is the same number in a run in bfloat16 and in float64.
     """
     leaves = {
