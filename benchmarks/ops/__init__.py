@@ -1,0 +1,1 @@
+"""Benchmarks of the ops, one file a family; each has `cases(quick)`."""
