@@ -99,6 +99,8 @@ void forward(const fm_moe_mlp_cpu_args* a) {
     const int64_t D = a->D, F = a->F;
     const Lines<S> x{static_cast<const S*>(a->x_TD), D, layer.token};
     S* z = static_cast<S*>(a->z_R2F);
+    const int64_t used = a->offsets[a->E];
+    if (z) memset(z + used * 2 * F, 0, size_t((a->R - used) * 2 * F) * sizeof(S));
 
     for_row_blocks(
         layer, blocks, F, kHalf,

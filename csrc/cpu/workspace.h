@@ -2,6 +2,7 @@
 #pragma once
 #include <stdint.h>
 
+namespace {
 namespace fm_workspace {
 
 constexpr int64_t kThreadFloats = 3 * 192 * 192 + 64; /* what gemm.h's multiply() needs; checked against kBlockFloats there */
@@ -63,3 +64,4 @@ struct Loss {
 };
 
 }  // namespace fm_workspace
+}  // namespace

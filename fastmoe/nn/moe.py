@@ -12,6 +12,8 @@ from fastmoe import ops
 from fastmoe.nn import losses
 from fastmoe.nn.experts import Experts, FeedForward
 from fastmoe.nn.router import Router
+from fastmoe.ops import check
+from fastmoe.ops.gating import SCORES
 
 
 class MoEOutput(NamedTuple):
@@ -34,11 +36,12 @@ class MoE(nn.Module):
                  aux_loss_weight: float = 0.01, z_loss_weight: float = 1e-3, init_std: float = 0.02,
                  out_std: float | None = None):  # fmt: skip
         super().__init__()
-        for name, size in dict(d_model=d_model, d_ff=d_ff, num_experts=num_experts, top_k=top_k).items():
-            if size < 1:
-                raise ValueError(f"fastmoe.MoE: {name} must be at least 1, got {size}")
+        check.positive("MoE", d_model=d_model, d_ff=d_ff, num_experts=num_experts, top_k=top_k)
         if top_k > num_experts:
             raise ValueError(f"fastmoe.MoE: top_k must be in 1..{num_experts} (num_experts), got {top_k}")
+        if num_shared_experts < 0:
+            raise ValueError(f"fastmoe.MoE: num_shared_experts must be at least 0, got {num_shared_experts}")
+        check.option("MoE", "score", score, SCORES)
         if capacity_factor is not None and capacity_factor <= 0:
             raise ValueError(f"fastmoe.MoE: capacity_factor must be None or positive, got {capacity_factor}")
         self.router = Router(d_model, num_experts, top_k, score, renormalize)
@@ -47,7 +50,10 @@ class MoE(nn.Module):
         self.capacity_factor, self.aux_loss_weight, self.z_loss_weight = capacity_factor, aux_loss_weight, z_loss_weight
 
     def forward(self, x: torch.Tensor) -> MoEOutput:
-        x_TD = x.reshape(-1, x.shape[-1])
+        D = self.router.weight.shape[1]
+        if x.shape[-1] != D:
+            check.fail("MoE", "x", f"of shape [..., {D}]", list(x.shape))
+        x_TD = x.reshape(-1, D)
         weights_TK, ids_TK, probs_TE, logits_TE = self.router(x_TD)
         (T, K), E = ids_TK.shape, probs_TE.shape[1]
         capacity = None if self.capacity_factor is None else math.ceil(self.capacity_factor * T * K / E)

@@ -57,7 +57,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        for name in ("vocab_size", "d_model", "num_layers", "num_heads", "d_ff", "num_experts", "top_k"):
+        for name in ("vocab_size", "d_model", "num_layers", "num_heads", "d_ff", "d_ff_dense", "num_experts", "top_k"):
             if getattr(config, name) < 1:
                 raise ValueError(f"fastmoe.Transformer: {name} must be at least 1, got {getattr(config, name)}")
         if not 0 <= config.num_dense_layers <= config.num_layers:
@@ -76,6 +76,9 @@ class Transformer(nn.Module):
         start = cache.length if cache else 0
         if start + ids_BS.shape[1] > config.max_seq_len:
             raise ValueError(f"fastmoe.Transformer: ids_BS must end within max_seq_len = {config.max_seq_len}, "
+                             f"got {start} + {ids_BS.shape[1]} positions")  # fmt: skip
+        if cache is not None and start + ids_BS.shape[1] > cache.max_len:
+            raise ValueError(f"fastmoe.Transformer: ids_BS must fit the cache's max_len = {cache.max_len}, "
                              f"got {start} + {ids_BS.shape[1]} positions")  # fmt: skip
         x_BSD = nn.functional.embedding(ids_BS, self.embedding)
         routed = []

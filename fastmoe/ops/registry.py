@@ -51,7 +51,7 @@ def define(family: str, schema: str, *, fake: Callable, setup_context: Callable 
     """Registers ``fastmoe::<schema>`` and returns the torch overload.
 
     family: folder under fastmoe/ops. fake: shapes and dtypes of the outputs (for torch.compile). setup_context, backward: as in
-    torch.library.register_autograd; an op without backward refuses gradients. autocast: maps (args, autocast dtype) to the
+    torch.library.register_autograd; gradients of gradients are refused. autocast: maps (args, autocast dtype) to the
     args to call with; absent, inputs are taken as they come.
     """
     name = schema.split("(")[0]
@@ -60,11 +60,22 @@ def define(family: str, schema: str, *, fake: Callable, setup_context: Callable 
     _library.impl(name, op, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastmoe::{name}", fake, lib=_library)
     if backward is not None:
-        torch.library.register_autograd(f"fastmoe::{name}", backward, setup_context=setup_context, lib=_library)
+        torch.library.register_autograd(f"fastmoe::{name}", _once(name, backward), setup_context=setup_context, lib=_library)
     op.overload = getattr(torch.ops.fastmoe, name).default
     for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
         _library.impl(name, _autocast_kernel(op, device, key, autocast or (lambda args, dtype: args)), key)
     return op.overload
+
+
+def _once(name: str, backward: Callable) -> Callable:
+    """A backward that refuses to be differentiated (create_graph=True) rather than to miss a term."""
+
+    def refusing(ctx, *grads):
+        if torch.is_grad_enabled():
+            raise NotImplementedError(f"fastmoe.{name}: gradients of gradients (create_graph=True) are not served")
+        return backward(ctx, *grads)
+
+    return refusing
 
 
 def _autocast_kernel(op: Op, device: str, key: str, rule: Callable) -> Callable:

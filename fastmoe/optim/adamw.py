@@ -22,6 +22,16 @@ class AdamW(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
     @torch.no_grad()
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As torch.optim.Optimizer's, which would round the moments to the parameters' dtype; here they keep their own."""
+        super().load_state_dict(state_dict)
+        ids = (i for group in state_dict["param_groups"] for i in group["params"])
+        for i, param in zip(ids, (param for group in self.param_groups for param in group["params"])):
+            for name in ("exp_avg", "exp_avg_sq"):
+                if i in state_dict["state"]:
+                    self.state[param][name] = state_dict["state"][i][name].to(param.device, copy=True)
+
+    @torch.no_grad()
     def step(self, closure: Callable[[], torch.Tensor] | None = None, grad_scale: float = 1.0) -> torch.Tensor | None:
         loss = None
         if closure is not None:

@@ -265,6 +265,5 @@ def test_bad_input(error, message, changes):
 def test_gradients_twice_are_refused():
     inputs = draw_inputs(SHAPES["odd"])
     x_TD = inputs["x_TD"].requires_grad_()
-    (first,) = torch.autograd.grad(ops.moe_mlp(*inputs.values()).square().sum(), x_TD, create_graph=True)
-    with pytest.raises(RuntimeError, match="moe_mlp_backward"):
-        first.square().sum().backward()
+    with pytest.raises(NotImplementedError, match="fastmoe.moe_mlp: gradients of gradients"):
+        torch.autograd.grad(ops.moe_mlp(*inputs.values()).square().sum(), x_TD, create_graph=True)

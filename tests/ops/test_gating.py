@@ -126,9 +126,8 @@ def test_bad_input(error, message, arguments):
 
 def test_gradients_twice_are_refused():
     logits_TE = draw(4, 5).requires_grad_()
-    (first,) = torch.autograd.grad(ops.topk_gate(logits_TE, 2)[0].square().sum(), logits_TE, create_graph=True)
-    with pytest.raises(RuntimeError, match="topk_gate_backward"):
-        first.sum().backward()
+    with pytest.raises(NotImplementedError, match="fastmoe.topk_gate: gradients of gradients"):
+        torch.autograd.grad(ops.topk_gate(logits_TE, 2)[0].square().sum(), logits_TE, create_graph=True)
 
 
 def test_no_gradient_work_without_gradients():

@@ -80,6 +80,5 @@ def test_bad_input(error, message, arguments):
 
 def test_gradients_twice_are_refused():
     x = draw(4, 5).requires_grad_()
-    (first,) = torch.autograd.grad(ops.rms_norm(x, draw(5)).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="rms_norm_backward"):
-        first.sum().backward()
+    with pytest.raises(NotImplementedError, match="fastmoe.rms_norm: gradients of gradients"):
+        torch.autograd.grad(ops.rms_norm(x, draw(5)).square().sum(), x, create_graph=True)

@@ -12,7 +12,7 @@ typedef struct {
     const void* gate_up_E2FD; /* dtype, gate rows first */
     const void* down_EDF;     /* dtype */
     void* y_TD;               /* out, dtype */
-    void* z_R2F;              /* out, dtype: the pre-activation; NULL: not kept. Rows past offsets[E] are not written */
+    void* z_R2F;              /* out, dtype: the pre-activation; NULL: not kept. Rows past offsets[E] are zero */
     int64_t T, K, R, E, D, F;
     fm_dtype dtype, weight_dtype;
     void* workspace; /* fm_moe_mlp_workspace() bytes, 64-byte aligned */

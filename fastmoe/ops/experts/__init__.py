@@ -70,6 +70,8 @@ def _setup(ctx, inputs, output):
 
 
 def _backward(ctx, dy_TD, _):
+    if dy_TD is None:
+        return (None,) * 9
     x_TD, weights_TK, src_row_R, dst_row_TK, offsets, gate_up_proj, down_proj, z_R2F = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 5, 6)]
     grads = _moe_mlp_backward(dy_TD, x_TD, weights_TK, src_row_R, dst_row_TK, offsets, gate_up_proj, down_proj, z_R2F,

@@ -1,7 +1,7 @@
 """The expert layer in Triton: grouped GEMMs over ragged row tiles, the gather fused in front and SwiGLU behind.
 
 A row tile is BLOCK_M rows of one expert. How many there are is known on the device only, so the launch covers the upper
-bound R / BLOCK_M + min(E, R) and spare programs leave at once. Rows past offsets[E] are neither read nor written.
+bound R / BLOCK_M + min(E, R) and spare programs leave at once. Rows past offsets[E] are not read; those of z are zero.
 """
 
 import torch
@@ -104,6 +104,20 @@ def _gate_up_kernel(
         tl.store(z_ptrs + F, to_storage(up_MN, dtype), mask=mask_MN)
     act_MN = gate_MN / (1.0 + tl.exp(-gate_MN)) * up_MN
     tl.store(act_ptr + row_M[:, None] * F + f_N[None, :], to_storage(act_MN, dtype), mask=mask_MN)
+
+
+@triton.jit
+def _clear_padding_kernel(out_ptr, offsets_ptr, E, R, N, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Zeroes the rows past offsets[E]; programs without such a row leave at once."""
+    used = tl.load(offsets_ptr + E)
+    row_R = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    if (tl.program_id(0) + 1) * BLOCK_R <= used:
+        return
+    mask_R = (row_R >= used) & (row_R < R)
+    for n0 in range(0, N, BLOCK_N):
+        n_N = n0 + tl.arange(0, BLOCK_N)
+        zero_RN = tl.zeros((BLOCK_R, BLOCK_N), out_ptr.dtype.element_ty)
+        tl.store(out_ptr + row_R.to(tl.int64)[:, None] * N + n_N[None, :], zero_RN, mask=mask_R[:, None] & (n_N < N)[None, :])
 
 
 @triton.jit
@@ -329,6 +343,8 @@ def moe_mlp(x_TD, weights_TK, src_row_R, dst_row_TK, offsets, gate_up_proj, down
     average = triton.cdiv(R, E)
     act_RF = x_TD.new_empty((R, F))
     with torch.cuda.device_of(x_TD):
+        if save_z:
+            _clear_padding_kernel[(triton.cdiv(R, 16),)](z_R2F, offsets, E, R, 2 * F, BLOCK_R=16, BLOCK_N=256)
         blocks = _blocks(x_TD, average, F, D, products=2)
         tiles, num_tiles = _row_tiles(offsets, R, blocks["BLOCK_M"])
         columns = triton.cdiv(F, blocks["BLOCK_N"])

@@ -26,7 +26,7 @@ def moe_mlp_backward(dy_TD, x_TD, weights_TK, src_row_R, dst_row_TK, offsets, ga
     grads = tuple(empty(*(tensor.shape if need else (0,)), dtype=tensor.dtype) for tensor, need in needed)
     memory = workspace(_C.moe_mlp_backward_workspace(R, E, D, F, threads))
     addresses = [ptr(grad) if grad.numel() else 0 for grad in grads]
-    dy_TD = dy_TD.contiguous()
+    dy_TD, z_R2F = dy_TD.contiguous(), z_R2F.contiguous()
     _C.moe_mlp_backward(ptr(dy_TD), *map(ptr, inputs), ptr(z_R2F), *addresses, *sizes, *codes, ptr(memory), threads)
     return grads
 

@@ -72,4 +72,4 @@ _topk_gate = define(
 _topk_gate_backward = define(
     "gating", "topk_gate_backward(Tensor dweights_TK, Tensor dprobs_TE, Tensor topk_ids_TK, Tensor probs_TE, str score, "
     "bool renormalize) -> Tensor",
-    fake=lambda dweights_TK, dprobs_TE, topk_ids_TK, probs_TE, score, renormalize: torch.empty_like(probs_TE))  # fmt: skip
+    fake=lambda dweights_TK, dprobs_TE, topk_ids_TK, probs_TE, score, renormalize: probs_TE.new_empty(probs_TE.shape))  # fmt: skip

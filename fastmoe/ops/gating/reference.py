@@ -4,7 +4,7 @@ import torch
 
 
 def topk_gate(logits_TE, k, score, renormalize):
-    z_TE = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
+    z_TE = (logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()).contiguous()
     bad_T = (z_TE.isnan() | z_TE.isposinf()).any(1) | z_TE.isneginf().all(1)
     if z_TE.device.type == "cpu" and bad_T.any():
         token = int(bad_T.nonzero()[0, 0])
@@ -19,7 +19,7 @@ def topk_gate(logits_TE, k, score, renormalize):
 
 
 def topk_gate_backward(dweights_TK, dprobs_TE, topk_ids_TK, probs_TE, score, renormalize):
-    dweights_TK, dprobs_TE = dweights_TK.to(probs_TE.dtype), dprobs_TE.to(probs_TE.dtype)
+    dweights_TK, dprobs_TE, probs_TE = dweights_TK.to(probs_TE.dtype), dprobs_TE.to(probs_TE.dtype), probs_TE.contiguous()
     ids_TK = topk_ids_TK.clamp(min=0)
     if renormalize:
         p_TK = probs_TE.gather(1, ids_TK)

@@ -48,6 +48,8 @@ def _setup(ctx, inputs, output):
 
 
 def _backward(ctx, dloss, *_):
+    if dloss is None:
+        return (None,) * 6
     dx_TD, dweight_VD = ctx.saved_tensors
     needs_x, needs_weight = ctx.needs_input_grad[:2]
     return ((dx_TD * dloss).to(ctx.dtypes[0]) if needs_x else None,

@@ -12,8 +12,8 @@ def linear_cross_entropy(x_TD, weight_VD, targets_T, ignore_index, need_x, need_
         raise ValueError(f"fastmoe.linear_cross_entropy: targets_T must be in 0..{V - 1} or {ignore_index}, "
                          f"got {int(targets_T[outside_T][0])}")  # fmt: skip
     loss = torch.where(outside_T.any(), torch.nan, 0.0).to(wide)
-    dx_TD = torch.empty_like(x_TD, dtype=wide) if need_x else x_TD.new_empty(0, dtype=wide)
-    dweight_VD = torch.zeros_like(weight_VD, dtype=wide) if need_weight else x_TD.new_empty(0, dtype=wide)
+    dx_TD = x_TD.new_empty(x_TD.shape, dtype=wide) if need_x else x_TD.new_empty(0, dtype=wide)
+    dweight_VD = weight_VD.new_zeros(weight_VD.shape, dtype=wide) if need_weight else x_TD.new_empty(0, dtype=wide)
     weight = weight_VD.to(wide)
     for x, counts, targets, t in zip(x_TD.split(1024), counts_T.split(1024), targets_T.split(1024), range(0, x_TD.shape[0], 1024)):
         target_T1 = targets.clamp(0, V - 1).long()[:, None]

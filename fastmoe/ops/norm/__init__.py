@@ -35,6 +35,8 @@ def _setup(ctx, inputs, output):
 
 
 def _backward(ctx, dy, _):
+    if dy is None:
+        return None, None, None
     dx, dweight_D = _rms_norm_backward(dy, *ctx.saved_tensors)
     return dx, dweight_D, None
 
