@@ -58,7 +58,8 @@ def _parser() -> argparse.ArgumentParser:
 
     commands.add_parser("train", help="train a model: fastmoe train RECIPE [--resume] [--GROUP.FIELD VALUE ...]")
 
-    commands.add_parser("plan", help="say whether a published model fits a machine: fastmoe plan PRESET --devices N --device-memory 32GB")
+    plan_help = "say whether a published model fits a machine: fastmoe plan PRESET --devices N --device-memory 32GB"
+    commands.add_parser("plan", help=plan_help)
 
     generate = add("generate", _generate, "continue a prompt with a trained model")
     generate.add_argument(
