@@ -152,8 +152,9 @@ class Battery:
             outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs or ())
             taken = {arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, torch.Tensor) and arg.numel()}
             for output in outputs:
-                assert output._base is None, f"{name} returns a view"
+                storage = output.untyped_storage()
+                assert storage.nbytes() == output.nbytes, f"{name} returns a view into memory of its own making"
                 if output.numel():
-                    address = output.untyped_storage().data_ptr()
+                    address = storage.data_ptr()
                     assert address not in taken, f"{name} returns memory of an input or of another output"
                     taken.add(address)
