@@ -152,7 +152,7 @@ def test_bad_settings(message, changes):
 
 
 def test_a_wrong_width_names_the_argument():
-    with pytest.raises((ValueError, RuntimeError), match=r"fastmoe|mat1 and mat2"):
+    with pytest.raises(ValueError, match=r"fastmoe\.MoE: x must be of shape \[\.\.\., 8\], got \[3, 9\]"):
         nn.MoE(8, 8, 4, 2)(draw(3, 9))
 
 
