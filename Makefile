@@ -16,6 +16,7 @@ bench: .venv/installed-bench
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'python/*')
 
 cuda-check: .venv/installed

@@ -1,4 +1,6 @@
-"""Builds fastmoe/_C with CMake and ninja where a compiler is at hand; without one the package installs and runs on plain torch."""
+"""Builds fastmoe/_C with CMake and ninja where a compiler is at hand; without one the package installs and runs on
+plain torch.
+"""
 
 import os
 import subprocess
@@ -13,19 +15,32 @@ from setuptools.command.build_py import build_py
 class CMakeBuild(build_ext):
     def build_extension(self, ext):
         if os.environ.get("FASTMOE_NO_EXT") == "1":
-            return self.warn("FASTMOE_NO_EXT=1: the C++ extension is not built")
+            self.warn("FASTMOE_NO_EXT=1: the C++ extension is not built")
+            return
         import pybind11
 
         build, target = Path("build/cmake"), Path(self.get_ext_fullpath(ext.name))
-        configure = ["cmake", "-S", ".", "-B", build, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}",
-                     f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]  # fmt: skip
+        configure = [
+            "cmake",
+            "-S",
+            ".",
+            "-B",
+            build,
+            "-G",
+            "Ninja",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        ]
         try:
             subprocess.run(configure, check=True)
             subprocess.run(["cmake", "--build", build, "--target", "_C"], check=True)
             subprocess.run([sys.executable, "-c", "import _C"], cwd=build, check=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            return self.warn(f"the C++ extension is not built ({error}); fastmoe will run on plain torch. "
-                             "Install a C++17 compiler and install again; `python -m fastmoe.collect_env` tells more.")  # fmt: skip
+            self.warn(
+                f"the C++ extension is not built ({error}); fastmoe will run on plain torch. "
+                "Install a C++17 compiler and install again; `python -m fastmoe.collect_env` tells more."
+            )
+            return
         target.parent.mkdir(parents=True, exist_ok=True)
         self.copy_file(str(next(build.glob("_C*.so"))), str(target))
 
@@ -42,4 +57,7 @@ class CudaSources(build_py):
                 self.copy_file(str(source), str(target / source.name))
 
 
-setup(ext_modules=[Extension("fastmoe._C", [], optional=True)], cmdclass={"build_ext": CMakeBuild, "build_py": CudaSources})
+setup(
+    ext_modules=[Extension("fastmoe._C", [], optional=True)],
+    cmdclass={"build_ext": CMakeBuild, "build_py": CudaSources},
+)

@@ -38,8 +38,11 @@ def main(argv: list[str] | None = None) -> int:
     for family in args.families or FAMILIES:
         busy = machine.others_load(0.1 if args.quick else 2.0)
         if busy > machine.BUSY and not (args.quick or args.allow_busy):
-            print(f"benchmarks: the machine must be idle, got {busy:.2f} CPUs in use by others "
-                  "(--allow-busy measures all the same)", file=sys.stderr)  # fmt: skip
+            print(
+                f"benchmarks: the machine must be idle, got {busy:.2f} CPUs in use by others "
+                "(--allow-busy measures all the same)",
+                file=sys.stderr,
+            )
             return 2
         torch.manual_seed(0)
         torch.set_num_threads(1 if args.quick else torch.get_num_threads())
@@ -56,8 +59,16 @@ def main(argv: list[str] | None = None) -> int:
             wrong += print_record(record, args.quick)
         if not args.quick:
             after = machine.others_load(1.0)
-            write(args.out, family, {"roofs": roofs, "others_cpus": {"before": busy, "after": after},
-                                     "busy": max(busy, after) > machine.BUSY, "cases": records})  # fmt: skip
+            write(
+                args.out,
+                family,
+                {
+                    "roofs": roofs,
+                    "others_cpus": {"before": busy, "after": after},
+                    "busy": max(busy, after) > machine.BUSY,
+                    "cases": records,
+                },
+            )
     return 1 if wrong else 0
 
 
@@ -72,9 +83,11 @@ def print_record(record: dict, quick: bool) -> int:
             print(f"    {name:30} error {arm['error']:.0e}", flush=True)
             continue
         ratio = f"  fastmoe is {arm['fastmoe_is']:.2f}x" if name != "fastmoe" and "fastmoe_is" in arm else ""
-        print(f"    {name:30} {arm['ms']:10.3f} ms  {arm['rate']:8.2f} {record['unit']}  {arm['of_roof']:5.0%} of "
-              f"{record['roof']}  error {arm['error']:.0e}  peak {arm['peak_mib'] or 0:.0f} MiB{ratio}",
-              flush=True)  # fmt: skip
+        print(
+            f"    {name:30} {arm['ms']:10.3f} ms  {arm['rate']:8.2f} {record['unit']}  {arm['of_roof']:5.0%} of "
+            f"{record['roof']}  error {arm['error']:.0e}  peak {arm['peak_mib'] or 0:.0f} MiB{ratio}",
+            flush=True,
+        )
     return sum("ms" not in arm for arm in record["arms"].values())
 
 

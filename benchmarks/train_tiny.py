@@ -1,9 +1,10 @@
-"""Tokens/s of the `tiny` recipe's training step against the same model as a transformers Mixtral, in one process, interleaved.
+"""Tokens/s of the `tiny` recipe's training step against the same model as a transformers Mixtral, in one process,
+interleaved.
 
 python -m benchmarks.train_tiny [--steps 20] [--dtype fp32|bf16] [--experts default|eager|grouped_mm|batched_mm]
 
-Both arms: the same sizes and data, router losses on, clipping by global norm, AdamW (torch's fused one for Mixtral), median step.
-Before timing, the two models are given the same weights and their losses compared.
+Both arms: the same sizes and data, router losses on, clipping by global norm, AdamW (torch's fused one for Mixtral),
+median step. Before timing, the two models are given the same weights and their losses compared.
 """
 
 from __future__ import annotations
@@ -25,11 +26,23 @@ def mixtral(model, experts: str) -> MixtralForCausalLM:
     """A Mixtral of the same shape holding the same weights as a fastmoe Transformer."""
     c = model.config
     config = MixtralConfig(
-        vocab_size=c.vocab_size, hidden_size=c.d_model, intermediate_size=c.d_ff, num_hidden_layers=c.num_layers,
-        num_attention_heads=c.num_heads, num_key_value_heads=c.num_kv_heads or c.num_heads, num_local_experts=c.num_experts,
-        num_experts_per_tok=c.top_k, max_position_embeddings=c.max_seq_len, rms_norm_eps=c.norm_eps, output_router_logits=True,
-        router_aux_loss_coef=c.aux_loss_weight / c.top_k, tie_word_embeddings=False, use_cache=False, sliding_window=None,
-        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta})
+        vocab_size=c.vocab_size,
+        hidden_size=c.d_model,
+        intermediate_size=c.d_ff,
+        num_hidden_layers=c.num_layers,
+        num_attention_heads=c.num_heads,
+        num_key_value_heads=c.num_kv_heads or c.num_heads,
+        num_local_experts=c.num_experts,
+        num_experts_per_tok=c.top_k,
+        max_position_embeddings=c.max_seq_len,
+        rms_norm_eps=c.norm_eps,
+        output_router_logits=True,
+        router_aux_loss_coef=c.aux_loss_weight / c.top_k,
+        tie_word_embeddings=False,
+        use_cache=False,
+        sliding_window=None,
+        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+    )
     peer = MixtralForCausalLM(config)
     if experts != "default":
         peer.set_experts_implementation(experts)
@@ -41,7 +54,9 @@ def mixtral(model, experts: str) -> MixtralForCausalLM:
             theirs.input_layernorm.weight.copy_(ours.attention_norm.weight)
             theirs.post_attention_layernorm.weight.copy_(ours.feed_forward_norm.weight)
             attention = theirs.self_attn
-            for linear, rows in zip((attention.q_proj, attention.k_proj, attention.v_proj), ours.attention.qkv_proj.chunk(3)):
+            for linear, rows in zip(
+                (attention.q_proj, attention.k_proj, attention.v_proj), ours.attention.qkv_proj.chunk(3)
+            ):
                 linear.weight.copy_(rows)
             attention.o_proj.weight.copy_(ours.attention.out_proj)
             theirs.mlp.gate.weight.copy_(ours.feed_forward.router.weight)
@@ -98,8 +113,14 @@ def main() -> None:
             if i >= 2:
                 seconds[arm].append(time.perf_counter() - start)
     rates = [inputs_BS.numel() / statistics.median(s) for s in seconds]
-    print(f"losses {a:.6f} and {b:.6f}; {torch.get_num_threads()} threads, {args.dtype}, experts {theirs.config._experts_implementation}")
-    print(f"fastmoe {rates[0]:,.0f} tokens/s; transformers Mixtral {rates[1]:,.0f} tokens/s; ratio {rates[0] / rates[1]:.2f}x")
+    print(
+        f"losses {a:.6f} and {b:.6f}; {torch.get_num_threads()} threads, {args.dtype}, "
+        f"experts {theirs.config._experts_implementation}"
+    )
+    print(
+        f"fastmoe {rates[0]:,.0f} tokens/s; transformers Mixtral {rates[1]:,.0f} tokens/s; "
+        f"ratio {rates[0] / rates[1]:.2f}x"
+    )
 
 
 if __name__ == "__main__":

@@ -9,9 +9,20 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from fastmoe import enable
 
 torch.manual_seed(0)
-model = Qwen3MoeForCausalLM(Qwen3MoeConfig(
-    vocab_size=256, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-    num_experts=8, num_experts_per_tok=2, moe_intermediate_size=64, output_router_logits=True))  # fmt: skip
+model = Qwen3MoeForCausalLM(
+    Qwen3MoeConfig(
+        vocab_size=256,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        output_router_logits=True,
+    )
+)
 print(enable(model))
 
 path = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent.parent / "README.md"

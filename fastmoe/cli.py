@@ -108,8 +108,10 @@ def _train(words: list[str]) -> int:
     from fastmoe.trainer.recipes import RECIPES, recipe
 
     if not words or words[0].startswith("-"):
-        print(_TRAIN_HELP + "".join(f"  {name}: {make.__doc__}\n" for name, make in RECIPES.items()) + "\n" + _STATUS,
-              file=sys.stdout if words[:1] in (["-h"], ["--help"]) else sys.stderr)  # fmt: skip
+        print(
+            _TRAIN_HELP + "".join(f"  {name}: {make.__doc__}\n" for name, make in RECIPES.items()) + "\n" + _STATUS,
+            file=sys.stdout if words[:1] in (["-h"], ["--help"]) else sys.stderr,
+        )
         return 0 if words[:1] in (["-h"], ["--help"]) else 2
     default = recipe(words[0])
     import tyro

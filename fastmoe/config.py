@@ -126,10 +126,18 @@ def check(config: Config) -> None:
     rules = [
         ("train.steps", train.steps, "at least 1", train.steps >= 1),
         ("train.batch-size", train.batch_size, "at least 1", train.batch_size >= 1),
-        ("train.grad-accumulation", train.grad_accumulation, f"a divisor of --train.batch-size = {train.batch_size}",
-         train.grad_accumulation >= 1 and train.batch_size % train.grad_accumulation == 0),
-        ("train.seq-len", train.seq_len, f"in 1..{config.model.max_seq_len} (--model.max-seq-len)",
-         1 <= train.seq_len <= config.model.max_seq_len),
+        (
+            "train.grad-accumulation",
+            train.grad_accumulation,
+            f"a divisor of --train.batch-size = {train.batch_size}",
+            train.grad_accumulation >= 1 and train.batch_size % train.grad_accumulation == 0,
+        ),
+        (
+            "train.seq-len",
+            train.seq_len,
+            f"in 1..{config.model.max_seq_len} (--model.max-seq-len)",
+            1 <= train.seq_len <= config.model.max_seq_len,
+        ),
         ("train.dtype", train.dtype, "fp32 or bf16", train.dtype in ("fp32", "bf16")),
         ("optim.lr", optim.lr, "positive", optim.lr > 0),
         ("optim.clip-norm", optim.clip_norm, "0 (off) or positive", optim.clip_norm >= 0),
@@ -139,7 +147,7 @@ def check(config: Config) -> None:
         ("checkpoint.every", checkpoint.every, "at least 0", checkpoint.every >= 0),
         ("checkpoint.keep", checkpoint.keep, "at least 1", checkpoint.keep >= 1),
         ("log.every", config.log.every, "at least 1", config.log.every >= 1),
-    ]  # fmt: skip
+    ]
     for name, value, wanted, good in rules:
         if not good:
             raise ValueError(f"fastmoe.train: --{name} must be {wanted}, got {value}")

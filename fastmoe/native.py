@@ -11,6 +11,7 @@ import torch  # first: the extension then shares torch's OpenMP runtime
 
 try:
     from fastmoe import _C
+
     _WHY_NOT = None
 except ImportError as error:
     _C = None
@@ -43,13 +44,17 @@ def num_threads() -> int:
 
 
 def ptr(tensor: torch.Tensor | None) -> int:
-    """The address of a dense CPU tensor's first element; 0 for None. Refuses what would silently give a wrong address."""
+    """The address of a dense CPU tensor; 0 for None. Refuses what would silently give a wrong address."""
     if tensor is None:
         return 0
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
-        raise TypeError(f"fastmoe.native: a plain torch.Tensor is wanted, got {type(tensor).__name__} (DTensor: to_local() first)")
+        raise TypeError(
+            f"fastmoe.native: a plain torch.Tensor is wanted, got {type(tensor).__name__} (DTensor: to_local() first)"
+        )
     if tensor.device.type != "cpu" or not tensor.is_contiguous():
-        raise ValueError(f"fastmoe.native: a contiguous CPU tensor is wanted, got strides {tensor.stride()} on {tensor.device}")
+        raise ValueError(
+            f"fastmoe.native: a contiguous CPU tensor is wanted, got strides {tensor.stride()} on {tensor.device}"
+        )
     address = tensor.data_ptr()
     if address == 0 and tensor.numel():
         raise ValueError("fastmoe.native: the tensor has no memory (fake or freed storage)")
@@ -78,7 +83,9 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def workspace(size: int) -> torch.Tensor:
-    """`size` bytes of scratch memory, 64-byte aligned, kept by this thread for its next call: use it within one op only."""
+    """`size` bytes of scratch memory, 64-byte aligned, kept by this thread for its next call: use it within one op
+    only.
+    """
     kept = getattr(_kept, "workspace", None)
     if kept is None or kept.numel() < size:
         kept = _kept.workspace = empty(size, dtype=torch.uint8)

@@ -100,8 +100,9 @@ def assert_bit_equal(got: torch.Tensor, want: torch.Tensor, name: str = "output"
     assert bool(same.all()), f"{name}: {int((~same).sum())} of {same.numel()} elements differ in bits"
 
 
-def forward_backward(call: Callable[[dict[str, torch.Tensor]], object], inputs: dict[str, torch.Tensor],
-                     frozen: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:  # fmt: skip
+def forward_backward(
+    call: Callable[[dict[str, torch.Tensor]], object], inputs: dict[str, torch.Tensor], frozen: tuple[str, ...] = ()
+) -> dict[str, torch.Tensor]:
     """Runs call(inputs), then backward from fixed normal gradients. Returns outputs by number, gradients by name.
 
     Floating inputs that are not `frozen` take gradients. The gradient of an output has few enough bits for every

@@ -16,13 +16,16 @@ T* at(address a) {
 
 // Runs a kernel without the GIL; `wanted` ends the sentence "fastmoe.<op>: " for FM_BAD_VALUE, before ", got <bad>".
 template <class Args>
-void run(fm_status (*kernel)(Args*), Args& args, const char* op, const char* wanted = "", const int64_t* bad = nullptr) {
+void run(fm_status (*kernel)(Args*), Args& args, const char* op, const char* wanted = "",
+         const int64_t* bad = nullptr) {
     fm_status status;
     {
         py::gil_scoped_release release;
         status = kernel(&args);
     }
     if (status == FM_BAD_VALUE)
-        throw py::value_error("fastmoe." + std::string(op) + ": " + wanted + (bad ? ", got " + std::to_string(*bad) : ""));
-    if (status != FM_OK) throw py::type_error("fastmoe." + std::string(op) + ": a storage type the native backend does not serve");
+        throw py::value_error("fastmoe." + std::string(op) + ": " + wanted +
+                              (bad ? ", got " + std::to_string(*bad) : ""));
+    if (status != FM_OK)
+        throw py::type_error("fastmoe." + std::string(op) + ": a storage type the native backend does not serve");
 }

@@ -88,8 +88,11 @@ def broken_rules(relative, text):
 
 
 def test_imports_go_right_only():
-    broken = [rule for path in sources("fastmoe", "examples", "benchmarks")
-              for rule in broken_rules(str(path.relative_to(ROOT)), path.read_text())]  # fmt: skip
+    broken = [
+        rule
+        for path in sources("fastmoe", "examples", "benchmarks")
+        for rule in broken_rules(str(path.relative_to(ROOT)), path.read_text())
+    ]
     assert not broken, "\n".join(broken)
     packages = {path.relative_to(ROOT / "fastmoe").parts[0].removesuffix(".py") for path in sources("fastmoe")}
     assert packages - {"__init__"} <= COLUMN.keys(), "a new package needs its column"
@@ -172,8 +175,10 @@ def test_every_native_function_has_its_twins():
         ):
             if not (ROOT / file).exists():
                 missing.append(file)
-        texts = {file: (ROOT / file).read_text() if (ROOT / file).exists() else ""
-                 for file in (f"csrc/tests/test_{family}.cpp", f"fastmoe/ops/{family}/native.py")}  # fmt: skip
+        texts = {
+            file: (ROOT / file).read_text() if (ROOT / file).exists() else ""
+            for file in (f"csrc/tests/test_{family}.cpp", f"fastmoe/ops/{family}/native.py")
+        }
         for name in kernels:
             if name not in OPS:
                 missing.append(f"op {name} of {header.name}")

@@ -18,14 +18,17 @@ def run(capsys, *words: str) -> tuple[int, str, str]:
     return status, *capsys.readouterr()
 
 
-@pytest.mark.parametrize("words, names", [
-    (["train", "tiny", "--optim.lrr", "1"], ["--optim.lrr", "--optim.lr "]),
-    (["train", "tiny", "--train.batchsize", "1"], ["--train.batchsize", "--train.batch-size"]),
-    (["train", "tiny", "--steps", "1"], ["--steps", "--train.steps"]),
-    (["train", "tiny", "--optim.lr", "fast"], ["--optim.lr", "'fast'"]),
-    (["explian"], ["'explian'", "explain"]),
-    (["explain", "--all"], ["--all"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, names",
+    [
+        (["train", "tiny", "--optim.lrr", "1"], ["--optim.lrr", "--optim.lr "]),
+        (["train", "tiny", "--train.batchsize", "1"], ["--train.batchsize", "--train.batch-size"]),
+        (["train", "tiny", "--steps", "1"], ["--steps", "--train.steps"]),
+        (["train", "tiny", "--optim.lr", "fast"], ["--optim.lr", "'fast'"]),
+        (["explian"], ["'explian'", "explain"]),
+        (["explain", "--all"], ["--all"]),
+    ],
+)
 def test_unknown_words_are_refused_with_the_nearest_name(capsys, words, names):
     status, _, err = run(capsys, *words)
     assert status == 2 and "Traceback" not in err
@@ -33,15 +36,18 @@ def test_unknown_words_are_refused_with_the_nearest_name(capsys, words, names):
         assert name in err
 
 
-@pytest.mark.parametrize("words, message", [
-    (["train", "tinny"], "fastmoe.train: the recipe must be one of tiny, got 'tinny'; did you mean tiny?"),
-    (["train", "tiny", "--train.steps", "0"], "fastmoe.train: --train.steps must be at least 1, got 0"),
-    (["train", "tiny", "--data.path", "/nowhere"], "fastmoe.data: --data.path must be a folder made by"),
-    (["generate", "--run.dir", "/nowhere"], "fastmoe.generate: --run.dir must be the folder of a run"),
-    (["report", "/nowhere"], "fastmoe.report: DIR must be the folder of a run"),
-    (["checkpoint", "verify", "/nowhere"], "fastmoe.checkpoint: DIR must be"),
-    (["data", "prepare", "--input", "/nowhere", "--out", "/nowhere/out"], "fastmoe.data: --input must be files"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["train", "tinny"], "fastmoe.train: the recipe must be one of tiny, got 'tinny'; did you mean tiny?"),
+        (["train", "tiny", "--train.steps", "0"], "fastmoe.train: --train.steps must be at least 1, got 0"),
+        (["train", "tiny", "--data.path", "/nowhere"], "fastmoe.data: --data.path must be a folder made by"),
+        (["generate", "--run.dir", "/nowhere"], "fastmoe.generate: --run.dir must be the folder of a run"),
+        (["report", "/nowhere"], "fastmoe.report: DIR must be the folder of a run"),
+        (["checkpoint", "verify", "/nowhere"], "fastmoe.checkpoint: DIR must be"),
+        (["data", "prepare", "--input", "/nowhere", "--out", "/nowhere/out"], "fastmoe.data: --input must be files"),
+    ],
+)
 def test_an_error_is_one_line_and_status_2(capsys, tmp_path, words, message):
     if words[0] == "train":
         words = [*words, "--run.dir", str(tmp_path)]

@@ -59,8 +59,12 @@ def test_a_wish_that_cannot_be_met_is_told_not_raised():
 
 
 def test_instruction_set_follows_the_flags(monkeypatch):
-    for flags, isa in (("sse2", "baseline"), ("avx2 fma f16c", "avx2"), ("avx2 fma", "baseline"),
-                       ("avx512f avx512bw avx512vl avx512dq avx2 fma f16c", "avx512")):  # fmt: skip
+    for flags, isa in (
+        ("sse2", "baseline"),
+        ("avx2 fma f16c", "avx2"),
+        ("avx2 fma", "baseline"),
+        ("avx512f avx512bw avx512vl avx512dq avx2 fma f16c", "avx512"),
+    ):
         monkeypatch.setattr(
             Path, "read_text", lambda self, flags=flags: f"model name\t: Some CPU\nflags\t: {flags}\n\nprocessor : 1\n"
         )

@@ -75,9 +75,14 @@ def measure(case: Case, roofs: dict[str, float], seconds: float) -> dict[str, ob
             median = statistics.median(samples[arm])
             rate = case.work / median / 1e9
             record["arms"][arm] |= {
-                "ms": median * 1e3, "ms_min": min(samples[arm]) * 1e3, "ms_max": max(samples[arm]) * 1e3,
-                "samples": len(samples[arm]), "rate": rate, "of_roof": rate / roofs[case.roof], "peak_mib": peaks[arm],
-            }  # fmt: skip
+                "ms": median * 1e3,
+                "ms_min": min(samples[arm]) * 1e3,
+                "ms_max": max(samples[arm]) * 1e3,
+                "samples": len(samples[arm]),
+                "rate": rate,
+                "of_roof": rate / roofs[case.roof],
+                "peak_mib": peaks[arm],
+            }
     ours = record["arms"]["fastmoe"]
     if len(right) == len(case.arms):
         for arm in record["arms"].values():

@@ -28,7 +28,8 @@ fm_status update_chunk(const fm_adamw_step_cpu_args* a, int64_t tensor, int64_t 
     const int64_t left = a->numels[tensor] - begin, count = left < kChunk ? left : kChunk;
     float *m = a->exp_avgs[tensor] + begin, *v = a->exp_avg_sqs[tensor] + begin;
     FM_WITH_DTYPE(a->dtypes[tensor], S, {
-        update(static_cast<S*>(a->params[tensor]) + begin, static_cast<const S*>(a->grads[tensor]) + begin, m, v, count, c);
+        update(static_cast<S*>(a->params[tensor]) + begin, static_cast<const S*>(a->grads[tensor]) + begin, m, v, count,
+               c);
     })
     return FM_OK;
 }

@@ -19,13 +19,13 @@ F pick(F baseline, F avx2, F avx512) {
 }
 }  // namespace
 
-#define FM_DISPATCH(name)                                               \
-    extern "C" fm_status name##_baseline(name##_args*);                 \
-    extern "C" fm_status name##_avx2(name##_args*);                     \
-    extern "C" fm_status name##_avx512(name##_args*);                   \
-    fm_status name(name##_args* a) {                                    \
+#define FM_DISPATCH(name)                                                             \
+    extern "C" fm_status name##_baseline(name##_args*);                               \
+    extern "C" fm_status name##_avx2(name##_args*);                                   \
+    extern "C" fm_status name##_avx512(name##_args*);                                 \
+    fm_status name(name##_args* a) {                                                  \
         static const auto chosen = pick(name##_baseline, name##_avx2, name##_avx512); \
-        return chosen(a);                                               \
+        return chosen(a);                                                             \
     }
 
 FM_DISPATCH(fm_adamw_step_cpu)

@@ -49,9 +49,20 @@ struct Layer {
 
     template <class Args>
     Layer(const Args* a, float* token, float* memory)
-        : T(a->T), K(a->K), R(a->R), E(a->E), D(a->D), F(a->F), src_row(a->src_row_R), dst_row(a->dst_row_TK),
-          offsets(a->offsets), gate_up(static_cast<const S*>(a->gate_up_E2FD)), down(static_cast<const S*>(a->down_EDF)),
-          token(reinterpret_cast<int32_t*>(token)), threads(a->num_threads), memory(memory) {
+        : T(a->T),
+          K(a->K),
+          R(a->R),
+          E(a->E),
+          D(a->D),
+          F(a->F),
+          src_row(a->src_row_R),
+          dst_row(a->dst_row_TK),
+          offsets(a->offsets),
+          gate_up(static_cast<const S*>(a->gate_up_E2FD)),
+          down(static_cast<const S*>(a->down_EDF)),
+          token(reinterpret_cast<int32_t*>(token)),
+          threads(a->num_threads),
+          memory(memory) {
         for (int64_t r = 0; r < offsets[E]; ++r) this->token[r] = int32_t(src_row[r] / K);
     }
     float* block_memory() const { return memory + omp_get_thread_num() * aligned(kThreadFloats); }
@@ -61,7 +72,8 @@ struct Layer {
 
 /* For every (row block, column block) of [rows of e, N]: product, then epilogue(e, r0, r1, n0, n1, C). */
 template <class S, class Product, class Epilogue>
-void for_row_blocks(const Layer<S>& layer, const RowBlocks& blocks, int64_t N, int64_t columns, Product product, Epilogue epilogue) {
+void for_row_blocks(const Layer<S>& layer, const RowBlocks& blocks, int64_t N, int64_t columns, Product product,
+                    Epilogue epilogue) {
     const int64_t column_blocks = (N + columns - 1) / columns, tasks = blocks.count() * column_blocks;
 #pragma omp parallel for num_threads(layer.threads) schedule(dynamic, 1)
     for (int64_t task = 0; task < tasks; ++task) {
@@ -131,8 +143,11 @@ void forward(const fm_moe_mlp_cpu_args* a) {
         layer, blocks, D, NC,
         [&](float* memory, int64_t e, int64_t r0, int64_t r1, int64_t d0, int64_t d1) {
             return multiply(
-                r1 - r0, d1 - d0, F, memory, [&](float* out, int64_t k0, int64_t k1) { pack_lines<MR>(out, act, r0, r1 - r0, k0, k1); },
-                [&](float* out, int64_t k0, int64_t k1) { pack_lines<NR>(out, layer.down_of(e), d0, d1 - d0, k0, k1); });
+                r1 - r0, d1 - d0, F, memory,
+                [&](float* out, int64_t k0, int64_t k1) { pack_lines<MR>(out, act, r0, r1 - r0, k0, k1); },
+                [&](float* out, int64_t k0, int64_t k1) {
+                    pack_lines<NR>(out, layer.down_of(e), d0, d1 - d0, k0, k1);
+                });
         },
         [&](int64_t, int64_t r0, int64_t r1, int64_t d0, int64_t d1, const float* c) {
             for (int64_t r = r0; r < r1; ++r, c += NC) copy_row(c, ws.y + r * D + d0, d1 - d0);
@@ -140,15 +155,18 @@ void forward(const fm_moe_mlp_cpu_args* a) {
     combine(layer, ws.y, static_cast<const Weight*>(a->weights_TK), static_cast<S*>(a->y_TD));
 }
 
-/* out[e] [M, N] = sum over e's rows r of A[r, M]^T B[r, N], rows of both read through their Lines; zero without rows. */
+/* out[e] [M, N] = sum over e's rows r of A[r, M]^T B[r, N], rows of both read through their Lines; zero without rows.
+ */
 template <class S, class A, class B>
 void weight_gradient(const Layer<S>& layer, int64_t M, int64_t N, const Lines<A>& a, const Lines<B>& b, S* out) {
     const int64_t rows_each = piece(M), m_blocks = (M + rows_each - 1) / rows_each, n_blocks = (N + NC - 1) / NC;
     const int64_t tasks = layer.E * m_blocks * n_blocks;
 #pragma omp parallel for num_threads(layer.threads) schedule(dynamic, 1)
     for (int64_t task = 0; task < tasks; ++task) {
-        const int64_t e = task / (m_blocks * n_blocks), m0 = task / n_blocks % m_blocks * rows_each, n0 = task % n_blocks * NC;
-        const int64_t m1 = min64(m0 + rows_each, M), n1 = min64(n0 + NC, N), r0 = layer.offsets[e], rows = layer.offsets[e + 1] - r0;
+        const int64_t e = task / (m_blocks * n_blocks), m0 = task / n_blocks % m_blocks * rows_each,
+                      n0 = task % n_blocks * NC;
+        const int64_t m1 = min64(m0 + rows_each, M), n1 = min64(n0 + NC, N), r0 = layer.offsets[e],
+                      rows = layer.offsets[e + 1] - r0;
         S* to = out + (e * M + m0) * N + n0;
         if (rows == 0) {
             for (int64_t m = m0; m < m1; ++m, to += N) memset(to, 0, size_t(n1 - n0) * sizeof(S));
@@ -168,7 +186,8 @@ void backward(const fm_moe_mlp_backward_cpu_args* a) {
     const Layer<S> layer(a, ws.token, ws.threads);
     const RowBlocks blocks(a->offsets, ws.first_block, a->E);
     const int64_t D = a->D, F = a->F, parts = f_blocks(F);
-    const Lines<S> x{static_cast<const S*>(a->x_TD), D, layer.token}, dy{static_cast<const S*>(a->dy_TD), D, layer.token};
+    const Lines<S> x{static_cast<const S*>(a->x_TD), D, layer.token},
+        dy{static_cast<const S*>(a->dy_TD), D, layer.token};
     const Weight* weights = static_cast<const Weight*>(a->weights_TK);
     const S* z = static_cast<const S*>(a->z_R2F);
     for (int64_t r = 0; r < a->offsets[a->E]; ++r) ws.weight[r] = to_float(weights[a->src_row_R[r]]);
@@ -178,8 +197,11 @@ void backward(const fm_moe_mlp_backward_cpu_args* a) {
         layer, blocks, F, kHalf,
         [&](float* memory, int64_t e, int64_t r0, int64_t r1, int64_t f0, int64_t f1) {
             return multiply(
-                r1 - r0, f1 - f0, D, memory, [&](float* out, int64_t k0, int64_t k1) { pack_lines<MR>(out, dy, r0, r1 - r0, k0, k1); },
-                [&](float* out, int64_t k0, int64_t k1) { pack_columns<NR>(out, layer.down_of(e), f0, f1 - f0, k0, k1); });
+                r1 - r0, f1 - f0, D, memory,
+                [&](float* out, int64_t k0, int64_t k1) { pack_lines<MR>(out, dy, r0, r1 - r0, k0, k1); },
+                [&](float* out, int64_t k0, int64_t k1) {
+                    pack_columns<NR>(out, layer.down_of(e), f0, f1 - f0, k0, k1);
+                });
         },
         [&](int64_t, int64_t r0, int64_t r1, int64_t f0, int64_t f1, const float* c) {
             for (int64_t r = r0; r < r1; ++r, c += NC) {
@@ -214,8 +236,11 @@ void backward(const fm_moe_mlp_backward_cpu_args* a) {
             layer, blocks, D, NC,
             [&](float* memory, int64_t e, int64_t r0, int64_t r1, int64_t d0, int64_t d1) {
                 return multiply(
-                    r1 - r0, d1 - d0, 2 * F, memory, [&](float* out, int64_t k0, int64_t k1) { pack_lines<MR>(out, dz, r0, r1 - r0, k0, k1); },
-                    [&](float* out, int64_t k0, int64_t k1) { pack_columns<NR>(out, layer.gate_up_of(e), d0, d1 - d0, k0, k1); });
+                    r1 - r0, d1 - d0, 2 * F, memory,
+                    [&](float* out, int64_t k0, int64_t k1) { pack_lines<MR>(out, dz, r0, r1 - r0, k0, k1); },
+                    [&](float* out, int64_t k0, int64_t k1) {
+                        pack_columns<NR>(out, layer.gate_up_of(e), d0, d1 - d0, k0, k1);
+                    });
             },
             [&](int64_t, int64_t r0, int64_t r1, int64_t d0, int64_t d1, const float* c) {
                 for (int64_t r = r0; r < r1; ++r, c += NC) copy_row(c, ws.dx + r * D + d0, d1 - d0);

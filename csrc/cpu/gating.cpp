@@ -8,7 +8,8 @@ namespace {
 
 constexpr float kInf = __builtin_inff();
 
-/* z: the row's logits, padded with -inf to whole pairs of vectors. Returns false where one is NaN or +inf or all are -inf. */
+/* z: the row's logits, padded with -inf to whole pairs of vectors. Returns false where one is NaN or +inf or all are
+ * -inf. */
 template <class S>
 bool load_logits(const S* logits, int64_t E, float* z, float* max_logit) {
     vf top = splat(-kInf);
@@ -87,8 +88,8 @@ fm_status topk_gate(fm_topk_gate_cpu_args* a) {
     return bad == INT64_MAX ? FM_OK : FM_BAD_VALUE;
 }
 
-/* One token; returns false where an id is past E-1. Gradients of scores that sum to 1 may be taken relative to any one's; where
- * one score is near 1, relative to its own little cancels. */
+/* One token; returns false where an id is past E-1. Gradients of scores that sum to 1 may be taken relative to any
+ * one's; where one score is near 1, relative to its own little cancels. */
 bool backward_row(const fm_topk_gate_backward_cpu_args* a, int64_t t) {
     const int64_t E = a->E, K = a->K, *ids = a->ids_TK + t * K;
     const float *dweights = a->dweights_TK + t * K, *probs = a->probs_TE + t * E;

@@ -1,8 +1,9 @@
-/* A packed, register-tiled matrix product of one block, C[m, n] = sum_k A[m, k] B[k, n], with the caller's packing and epilogue.
+/* A packed, register-tiled matrix product of one block, C[m, n] = sum_k A[m, k] B[k, n], with the caller's packing and
+ * epilogue.
  *
  * A is packed into panels of MR rows, B into panels of NR columns, both float32 whatever the storage, zero-padded; the
- * micro-kernel keeps an MR x NR tile of C in registers. One task owns one block of C and adds k in order, so results do not
- * depend on how many threads share the blocks.
+ * micro-kernel keeps an MR x NR tile of C in registers. One task owns one block of C and adds k in order, so results do
+ * not depend on how many threads share the blocks.
  */
 #pragma once
 #include "vec.h"
@@ -45,23 +46,28 @@ struct Lines {
     const S* line(int64_t i) const { return base + int64_t(index ? index[i] : i) * stride; }
 };
 
-/* Panels whose P members are lines, k runs along them: out[panel][k][member]. Writes up to 2 floats past the last panel. */
+/* Panels whose P members are lines, k runs along them: out[panel][k][member]. Writes up to 2 floats past the last
+ * panel. */
 template <int P, class S>
 void pack_lines(float* out, const Lines<S>& from, int64_t line0, int64_t lines, int64_t k0, int64_t k1) {
     const int64_t kc = k1 - k0;
     static const S zeros[KC] = {};
     for (int64_t l = 0; l < lines; l += P, out += P * kc) {
         const S* src[(P + 3) / 4 * 4];
-        for (int j = 0; j < (P + 3) / 4 * 4; ++j) src[j] = j < P && l + j < lines ? from.line(line0 + l + j) + k0 : zeros;
+        for (int j = 0; j < (P + 3) / 4 * 4; ++j)
+            src[j] = j < P && l + j < lines ? from.line(line0 + l + j) + k0 : zeros;
         int64_t k = 0;
         for (; k + 4 <= kc; k += 4)
             for (int j = 0; j < P; j += 4) {
-                const v4 a = load4(src[j] + k), b = load4(src[j + 1] + k), c = load4(src[j + 2] + k), d = load4(src[j + 3] + k);
+                const v4 a = load4(src[j] + k), b = load4(src[j + 1] + k), c = load4(src[j + 2] + k),
+                         d = load4(src[j + 3] + k);
                 const v4 ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), AB = __builtin_shufflevector(a, b, 2, 6, 3, 7);
                 const v4 cd = __builtin_shufflevector(c, d, 0, 4, 1, 5), CD = __builtin_shufflevector(c, d, 2, 6, 3, 7);
-                const v4 rows[4] = {__builtin_shufflevector(ab, cd, 0, 1, 4, 5), __builtin_shufflevector(ab, cd, 2, 3, 6, 7),
-                                    __builtin_shufflevector(AB, CD, 0, 1, 4, 5), __builtin_shufflevector(AB, CD, 2, 3, 6, 7)};
-                for (int i = 0; i < 4; ++i) memcpy(out + (k + i) * P + j, &rows[i], P - j < 4 ? (P - j) * sizeof(float) : sizeof(v4));
+                const v4 rows[4] = {
+                    __builtin_shufflevector(ab, cd, 0, 1, 4, 5), __builtin_shufflevector(ab, cd, 2, 3, 6, 7),
+                    __builtin_shufflevector(AB, CD, 0, 1, 4, 5), __builtin_shufflevector(AB, CD, 2, 3, 6, 7)};
+                for (int i = 0; i < 4; ++i)
+                    memcpy(out + (k + i) * P + j, &rows[i], P - j < 4 ? (P - j) * sizeof(float) : sizeof(v4));
             }
         for (; k < kc; ++k)
             for (int j = 0; j < P; ++j) out[k * P + j] = to_float(src[j][k]);
@@ -105,8 +111,8 @@ inline void micro_kernel(int64_t kc, const float* a, const float* b, float* c, i
         for (int j = 0; j < 2; ++j) store(c + i * ldc + j * W, add ? load(c + i * ldc + j * W) + acc[i][j] : acc[i][j]);
 }
 
-/* One block: m <= MC rows, n <= NC columns (a multiple of NR after padding). pack_a(out, k0, k1) and pack_b fill panels for
- * k0..k1-1. Returns C, row-major with row stride NC, in `memory` (kBlockFloats). */
+/* One block: m <= MC rows, n <= NC columns (a multiple of NR after padding). pack_a(out, k0, k1) and pack_b fill panels
+ * for k0..k1-1. Returns C, row-major with row stride NC, in `memory` (kBlockFloats). */
 template <class PackA, class PackB>
 const float* multiply(int64_t m, int64_t n, int64_t K, float* memory, PackA pack_a, PackB pack_b) {
     float *a = memory, *b = a + int64_t(MC) * KC + 16, *c = b + int64_t(KC) * NC + 16;

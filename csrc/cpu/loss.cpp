@@ -9,7 +9,8 @@ namespace {
 
 using namespace fm_workspace;
 
-/* logits [m, V] of tokens t0.. in place to their gradient, (softmax - onehot) or 0; returns nothing, fills loss[0..m). */
+/* logits [m, V] of tokens t0.. in place to their gradient, (softmax - onehot) or 0; returns nothing, fills loss[0..m).
+ */
 void softmax_rows(float* logits, const int64_t* targets, int64_t m, int64_t V, int64_t ignore_index, float* loss) {
     for (int64_t i = 0; i < m; ++i, logits += V) {
         if (targets[i] == ignore_index) {
@@ -35,7 +36,8 @@ template <class S>
 void run_loss(const fm_linear_cross_entropy_cpu_args* a) {
     const Loss ws(a->workspace, a->T, a->V, a->num_threads);
     const int64_t T = a->T, D = a->D, V = a->V;
-    const Lines<S> x{static_cast<const S*>(a->x_TD), D, nullptr}, weight{static_cast<const S*>(a->weight_VD), D, nullptr};
+    const Lines<S> x{static_cast<const S*>(a->x_TD), D, nullptr},
+        weight{static_cast<const S*>(a->weight_VD), D, nullptr};
     for (int64_t c0 = 0; c0 < T; c0 += ws.chunk) {
         const int64_t c1 = min64(c0 + ws.chunk, T), blocks = (c1 - c0 + kRows - 1) / kRows;
 #pragma omp parallel for num_threads(a->num_threads) schedule(dynamic, 1)
@@ -55,7 +57,8 @@ void run_loss(const fm_linear_cross_entropy_cpu_args* a) {
             for (int64_t d0 = 0; a->dx_TD && d0 < D; d0 += NC) {
                 const int64_t n = min64(NC, D - d0);
                 const float* c = multiply(
-                    m, n, V, memory, [&](float* out, int64_t k0, int64_t k1) { pack_lines<MR>(out, dlogits, 0, m, k0, k1); },
+                    m, n, V, memory,
+                    [&](float* out, int64_t k0, int64_t k1) { pack_lines<MR>(out, dlogits, 0, m, k0, k1); },
                     [&](float* out, int64_t k0, int64_t k1) { pack_columns<NR>(out, weight, d0, n, k0, k1); });
                 for (int64_t i = 0; i < m; ++i) copy_row(c + i * NC, a->dx_TD + (t0 + i) * D + d0, n);
             }
@@ -65,7 +68,8 @@ void run_loss(const fm_linear_cross_entropy_cpu_args* a) {
         const int64_t each = piece(V), v_blocks = (V + each - 1) / each, d_blocks = (D + NC - 1) / NC;
 #pragma omp parallel for num_threads(a->num_threads) schedule(dynamic, 1)
         for (int64_t task = 0; task < v_blocks * d_blocks; ++task) {
-            const int64_t v0 = task / d_blocks * each, m = min64(each, V - v0), d0 = task % d_blocks * NC, n = min64(NC, D - d0);
+            const int64_t v0 = task / d_blocks * each, m = min64(each, V - v0), d0 = task % d_blocks * NC,
+                          n = min64(NC, D - d0);
             const float* c = multiply(
                 m, n, c1 - c0, ws.threads + omp_get_thread_num() * aligned(kThreadFloats),
                 [&](float* out, int64_t k0, int64_t k1) { pack_columns<MR>(out, dlogits, v0, m, k0, k1); },

@@ -34,11 +34,12 @@ void backward_group(const fm_rms_norm_backward_cpu_args* a, int64_t begin, int64
     const float* rstd = a->rstd_T + begin;
     float mean[kGroup];
     for (int64_t t = 0; t < tokens; ++t)
-        mean[t] = sum_vectors(D,
-                              [&](int64_t d, auto n) {
-                                  return load(dy + t * D + d, n) * load(weight + d, n) * (load(x + t * D + d, n) * rstd[t]);
-                              }) /
-                  float(D);
+        mean[t] =
+            sum_vectors(D,
+                        [&](int64_t d, auto n) {
+                            return load(dy + t * D + d, n) * load(weight + d, n) * (load(x + t * D + d, n) * rstd[t]);
+                        }) /
+            float(D);
     each_vector(D, [&](int64_t d, auto n) {
         const vf w = load(weight + d, n);
         vf part = splat(0);

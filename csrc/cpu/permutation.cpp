@@ -66,7 +66,8 @@ fm_status sort_slots(fm_build_routing_cpu_args* a, const Id* ids) {
     return FM_OK;
 }
 
-/* Keeps the first `capacity` slots of an expert in order of (k, t); a kept slot's dst_row becomes 0, a dropped one's -1. */
+/* Keeps the first `capacity` slots of an expert in order of (k, t); a kept slot's dst_row becomes 0, a dropped one's
+ * -1. */
 template <class Id>
 fm_status sort_slots_capped(fm_build_routing_cpu_args* a, const Id* ids) {
     const int64_t T = a->T, K = a->K, E = a->E;
@@ -166,7 +167,8 @@ FM_KERNEL(fm_build_routing_from_experts_cpu) {
     int64_t previous = 0;
     for (int64_t e = 0; e <= a->E; ++e) {
         const int64_t offset = int_at(a->offsets_in, a->offsets_are_int64, e);
-        if (offset < previous || offset > a->R || (e == 0 && offset) || (e == a->E && offset != a->R)) return FM_BAD_VALUE;
+        if (offset < previous || offset > a->R || (e == 0 && offset) || (e == a->E && offset != a->R))
+            return FM_BAD_VALUE;
         a->offsets[e] = int32_t(previous = offset);
     }
     for (int64_t i = 0; i < a->T * a->E; ++i) a->dst_row_TE[i] = -1;

@@ -147,7 +147,8 @@ inline int32_t min(vi v) {
     return fold<W, int32_t>(v, [](auto a, auto b) { return a < b ? a : b; });
 }
 
-/* f(i, full{}) for each whole vector of n elements, then f(i, rest) for the last rest < W; load and store take either. */
+/* f(i, full{}) for each whole vector of n elements, then f(i, rest) for the last rest < W; load and store take either.
+ */
 struct full {};
 template <class F>
 inline void each_vector(int64_t n, F f) {
@@ -172,7 +173,8 @@ inline void store(S* p, vf v, int n) {
     store_part(p, v, n);
 }
 
-/* The sum of f(i, full{} or rest) over n elements, in an order fixed by n and the vector width; unused lanes must be zero. */
+/* The sum of f(i, full{} or rest) over n elements, in an order fixed by n and the vector width; unused lanes must be
+ * zero. */
 template <class F>
 inline float sum_vectors(int64_t n, F f) {
     vf t0 = splat(0), t1 = t0, t2 = t0, t3 = t0;

@@ -5,7 +5,8 @@
 namespace {
 namespace fm_workspace {
 
-constexpr int64_t kThreadFloats = 3 * 192 * 192 + 64; /* what gemm.h's multiply() needs; checked against kBlockFloats there */
+constexpr int64_t kThreadFloats =
+    3 * 192 * 192 + 64; /* what gemm.h's multiply() needs; checked against kBlockFloats there */
 
 inline int64_t aligned(int64_t floats) { return (floats + 15) / 16 * 16; }
 

@@ -1,10 +1,10 @@
 // build_routing: a stable counting sort of the T*K slots by expert, in three launches.
 //
-// The slots are cut into chunks of FM_CHUNK. Launch 1 counts each chunk's slots per expert, launch 2 turns the counts of an
-// expert into rows kept before each chunk, launch 3 gives every slot its row. With a capacity the counts are also split by
-// choice k, since first choices of all tokens come before second ones when an expert is full.
-// Letters: E experts, K choices, J = K with a capacity and 1 without, C chunks. Ids outside 0..E-1 are dropped.
-// The sizes are macros, set for exact shapes when the file is compiled at run time.
+// The slots are cut into chunks of FM_CHUNK. Launch 1 counts each chunk's slots per expert, launch 2 turns the counts
+// of an expert into rows kept before each chunk, launch 3 gives every slot its row. With a capacity the counts are also
+// split by choice k, since first choices of all tokens come before second ones when an expert is full. Letters: E
+// experts, K choices, J = K with a capacity and 1 without, C chunks. Ids outside 0..E-1 are dropped. The sizes are
+// macros, set for exact shapes when the file is compiled at run time.
 
 #ifndef FM_E
 #define FM_E 64
@@ -77,14 +77,16 @@ extern "C" __global__ void fm_routing_count(const Id* ids, int* counts, long lon
             if (e >= 0) atomicAdd(&count_E[e], 1);
         }
         __syncthreads();
-        for (int e = threadIdx.x; e < FM_E; e += blockDim.x) counts[(e * (long long)J + j) * chunks + chunk] = count_E[e];
+        for (int e = threadIdx.x; e < FM_E; e += blockDim.x)
+            counts[(e * (long long)J + j) * chunks + chunk] = count_E[e];
         __syncthreads();
     }
 }
 
-// One warp an expert: before[e, chunk] = rows it keeps in earlier chunks (may be the memory of counts when J = 1), totals[e];
-// with a capacity counts[e, j, chunk] becomes the number of slots that it may still keep there.
-extern "C" __global__ void fm_routing_scan(int* counts, int* before, int* totals, long long chunks, long long capacity) {
+// One warp an expert: before[e, chunk] = rows it keeps in earlier chunks (may be the memory of counts when J = 1),
+// totals[e]; with a capacity counts[e, j, chunk] becomes the number of slots that it may still keep there.
+extern "C" __global__ void fm_routing_scan(int* counts, int* before, int* totals, long long chunks,
+                                           long long capacity) {
     const int lane = threadIdx.x;
     const long long e = blockIdx.x;
     if (FM_CAPPED) {
@@ -119,7 +121,8 @@ extern "C" __global__ void fm_routing_scan(int* counts, int* before, int* totals
 
 // One warp a chunk: offsets, src_row, dst_row.
 extern "C" __global__ void fm_routing_place(const Id* ids, const int* quotas, const int* before, const int* totals,
-                                            int* offsets, int* src_row, int* dst_row, long long slots, long long chunks) {
+                                            int* offsets, int* src_row, int* dst_row, long long slots,
+                                            long long chunks) {
     __shared__ int next_E[FM_E];
     const int lane = threadIdx.x;
     const long long chunk = blockIdx.x;

@@ -1,4 +1,5 @@
-// What the C ABI's test programs share: checks that end the program, draws, storage types, the instruction sets' variants.
+// What the C ABI's test programs share: checks that end the program, draws, storage types, the instruction sets'
+// variants.
 #pragma once
 #include <cmath>
 #include <cstdio>
@@ -17,14 +18,14 @@
         }                                                                        \
     } while (0)
 
-#define CHECK_NEAR(got, want, tolerance)                                                                                    \
-    do {                                                                                                                    \
-        const double got_ = (got), want_ = (want), tolerance_ = (tolerance);                                                \
-        if (!(std::fabs(got_ - want_) <= tolerance_)) {                                                                     \
-            std::fprintf(stderr, "%s:%d: %s = %.9g, wanted %s = %.9g within %.3g\n", __FILE__, __LINE__, #got, got_, #want, \
-                         want_, tolerance_);                                                                                \
-            std::exit(1);                                                                                                   \
-        }                                                                                                                   \
+#define CHECK_NEAR(got, want, tolerance)                                                                             \
+    do {                                                                                                             \
+        const double got_ = (got), want_ = (want), tolerance_ = (tolerance);                                         \
+        if (!(std::fabs(got_ - want_) <= tolerance_)) {                                                              \
+            std::fprintf(stderr, "%s:%d: %s = %.9g, wanted %s = %.9g within %.3g\n", __FILE__, __LINE__, #got, got_, \
+                         #want, want_, tolerance_);                                                                  \
+            std::exit(1);                                                                                            \
+        }                                                                                                            \
     } while (0)
 
 // Uniform draws from a fixed seed.
@@ -34,7 +35,9 @@ struct Draw {
         state ^= state << 13, state ^= state >> 7, state ^= state << 17;
         return state;
     }
-    double real(double low = -2, double high = 2) { return low + (high - low) * double(bits() >> 11) / 9007199254740992.0; }
+    double real(double low = -2, double high = 2) {
+        return low + (high - low) * double(bits() >> 11) / 9007199254740992.0;
+    }
     int64_t integer(int64_t end) { return int64_t(bits() % uint64_t(end)); }  // 0..end-1
 };
 
@@ -92,8 +95,9 @@ constexpr fm_dtype kDtypes[] = {FM_F32, FM_BF16, FM_F16};
 
 // Every implementation of an op that this machine can run: the public one first, then each instruction set's.
 template <class Args>
-std::vector<fm_status (*)(Args*)> variants(fm_status (*open)(Args*), fm_status (*baseline)(Args*), fm_status (*avx2)(Args*),
-                                           fm_status (*wide)(Args*), fm_status (*avx512)(Args*)) {
+std::vector<fm_status (*)(Args*)> variants(fm_status (*open)(Args*), fm_status (*baseline)(Args*),
+                                           fm_status (*avx2)(Args*), fm_status (*wide)(Args*),
+                                           fm_status (*avx512)(Args*)) {
     __builtin_cpu_init();
     std::vector<fm_status (*)(Args*)> result{open, baseline};
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {

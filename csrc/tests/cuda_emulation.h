@@ -1,7 +1,8 @@
-// Just enough of CUDA to run a kernel of csrc/cuda on the CPU: blocks one after another, the threads of a block as fibers.
-// g++ -shared -fPIC -include csrc/tests/cuda_emulation.h -x c++ csrc/cuda/<family>.cu builds a library whose fm_emulate runs
-// them. Every barrier, shuffle and match waits for the whole block, so use it for kernels whose threads all reach the same
-// ones. Threads take turns in ascending or descending order: a missing barrier shows as a difference between the two.
+// Just enough of CUDA to run a kernel of csrc/cuda on the CPU: blocks one after another, the threads of a block as
+// fibers. g++ -shared -fPIC -include csrc/tests/cuda_emulation.h -x c++ csrc/cuda/<family>.cu builds a library whose
+// fm_emulate runs them. Every barrier, shuffle and match waits for the whole block, so use it for kernels whose threads
+// all reach the same ones. Threads take turns in ascending or descending order: a missing barrier shows as a difference
+// between the two.
 #pragma once
 #include <ucontext.h>
 #include <vector>
@@ -21,7 +22,8 @@ inline ucontext_t scheduler;
 inline std::vector<ucontext_t> fibers;
 inline std::vector<char> running;
 inline std::vector<long long> mailbox;
-inline void (*kernel)(long long, long long, long long, long long, long long, long long, long long, long long, long long);
+inline void (*kernel)(long long, long long, long long, long long, long long, long long, long long, long long,
+                      long long);
 inline const long long* arguments;
 
 inline void wait() { swapcontext(&fibers[thread.x], &scheduler); }

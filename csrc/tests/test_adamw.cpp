@@ -17,7 +17,8 @@ struct List {
             vs.emplace_back(FM_F32, sizes[i], draw, 0, 0.01);
         }
     }
-    fm_status step(fm_status (*run)(fm_adamw_step_cpu_args*), const std::vector<int64_t>& sizes, int64_t step, int threads) {
+    fm_status step(fm_status (*run)(fm_adamw_step_cpu_args*), const std::vector<int64_t>& sizes, int64_t step,
+                   int threads) {
         std::vector<void*> p, g;
         std::vector<float*> m, v;
         std::vector<int32_t> dtypes;

@@ -35,7 +35,8 @@ struct Case {
         std::vector<int64_t> ids(src.size());
         for (int64_t& id : ids) id = one_expert ? E - 1 : draw.integer(E + 1) - 1;
         std::vector<int32_t> workspace(size_t(fm_build_routing_workspace(T, K, E)));
-        fm_build_routing_cpu_args a{ids.data(), 1, T, K, E, -1, src.data(), dst.data(), offsets.data(), workspace.data(), 1, 0};
+        fm_build_routing_cpu_args a{ids.data(),       1, T, K, E, -1, src.data(), dst.data(), offsets.data(),
+                                    workspace.data(), 1, 0};
         CHECK(fm_build_routing_cpu(&a) == FM_OK);
     }
 };
@@ -57,7 +58,8 @@ Exact exact(const Case& c) {
                 for (size_t d = 0; d < D; ++d)
                     o.z[r * 2 * F + n] += c.x[int64_t(t * D + d)] * c.gate_up[int64_t((e * 2 * F + n) * D + d)];
             for (size_t f = 0; f < F; ++f) {
-                const double gate = o.z[r * 2 * F + f], up = o.z[r * 2 * F + F + f], sigmoid = 1 / (1 + std::exp(-gate));
+                const double gate = o.z[r * 2 * F + f], up = o.z[r * 2 * F + F + f],
+                             sigmoid = 1 / (1 + std::exp(-gate));
                 const double act = gate * sigmoid * up;
                 double dact = 0;
                 for (size_t d = 0; d < D; ++d) {
@@ -94,7 +96,8 @@ struct Workspace {
 void check_all(const Stored& got, const std::vector<double>& want, double steps) {
     double top = 1e-3;
     for (double x : want) top = std::max(top, std::fabs(x));
-    for (size_t i = 0; i < want.size(); ++i) CHECK_NEAR(got[int64_t(i)], want[i], (steps * epsilon(got.dtype) + 4e-6) * top);
+    for (size_t i = 0; i < want.size(); ++i)
+        CHECK_NEAR(got[int64_t(i)], want[i], (steps * epsilon(got.dtype) + 4e-6) * top);
 }
 
 struct Outputs {
@@ -107,7 +110,8 @@ struct Outputs {
           dgate_up(c.dtype, c.E * 2 * c.F * c.D),
           ddown(c.dtype, c.E * c.D * c.F) {}
     bool operator==(const Outputs& o) const {
-        return y == o.y && z == o.z && dx == o.dx && dweights == o.dweights && dgate_up == o.dgate_up && ddown == o.ddown;
+        return y == o.y && z == o.z && dx == o.dx && dweights == o.dweights && dgate_up == o.dgate_up &&
+               ddown == o.ddown;
     }
 };
 
@@ -170,7 +174,8 @@ void check_case(Case c) {
             CHECK(backwards[i](&b) == FM_OK);
             if (threads == 1) first = o;
             CHECK(o == first);
-            for (int skipped = 0; skipped < 4; ++skipped) {  // one gradient at a time not wanted; the others stay the same
+            for (int skipped = 0; skipped < 4;
+                 ++skipped) {  // one gradient at a time not wanted; the others stay the same
                 Outputs part(c);
                 b.dx_TD = skipped == 0 ? nullptr : part.dx.data();
                 b.dweights_TK = skipped == 1 ? nullptr : part.dweights.data();
@@ -187,7 +192,8 @@ void check_case(Case c) {
         check_all(first.z, used_z, 1);
         check_all(first.y, want.y, 2);
         check_all(first.dx, want.dx, 4);
-        check_all(first.dweights, want.dweights, c.dtype == FM_F32 ? 1 : 4 * epsilon(c.dtype) / epsilon(c.weight_dtype));
+        check_all(first.dweights, want.dweights,
+                  c.dtype == FM_F32 ? 1 : 4 * epsilon(c.dtype) / epsilon(c.weight_dtype));
         check_all(first.dgate_up, want.dgate_up, 4);
         check_all(first.ddown, want.ddown, 4);
     }
@@ -196,7 +202,8 @@ void check_case(Case c) {
 }  // namespace
 
 int main() {
-    const int64_t shapes[][5] = {{0, 2, 4, 8, 6}, {1, 1, 1, 1, 1}, {37, 3, 5, 19, 13}, {29, 1, 1, 24, 17}, {9, 2, 3, 100, 97}};
+    const int64_t shapes[][5] = {
+        {0, 2, 4, 8, 6}, {1, 1, 1, 1, 1}, {37, 3, 5, 19, 13}, {29, 1, 1, 24, 17}, {9, 2, 3, 100, 97}};
     for (const auto& s : shapes)
         for (fm_dtype dtype : kDtypes)
             for (fm_dtype weight_dtype : {FM_F32, dtype})

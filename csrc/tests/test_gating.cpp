@@ -20,9 +20,19 @@ struct Gate {
          int renormalize, int threads)
         : T(T), E(E), K(K), weights(FM_F32, T * K), probs(FM_F32, T * E), ids(size_t(T * K), -7) {
         std::vector<float> workspace(size_t(fm_topk_gate_workspace(E, threads)), NAN);
-        fm_topk_gate_cpu_args a{
-            logits.data(),    T,       E, K, logits.dtype, sigmoid, renormalize, weights.floats(), ids.data(), probs.floats(),
-            workspace.data(), threads, 0};
+        fm_topk_gate_cpu_args a{logits.data(),
+                                T,
+                                E,
+                                K,
+                                logits.dtype,
+                                sigmoid,
+                                renormalize,
+                                weights.floats(),
+                                ids.data(),
+                                probs.floats(),
+                                workspace.data(),
+                                threads,
+                                0};
         status = run(&a);
         bad = a.bad;
     }
@@ -66,8 +76,8 @@ struct Gradient {
     fm_status status;
     int64_t bad;
 
-    Gradient(fm_status (*run)(fm_topk_gate_backward_cpu_args*), Gate& gate, Stored& dweights, Stored& dprobs, int sigmoid,
-             int renormalize, int threads)
+    Gradient(fm_status (*run)(fm_topk_gate_backward_cpu_args*), Gate& gate, Stored& dweights, Stored& dprobs,
+             int sigmoid, int renormalize, int threads)
         : dlogits(FM_F32, gate.T * gate.E) {
         fm_topk_gate_backward_cpu_args a{dweights.floats(),
                                          dprobs.floats(),
@@ -86,8 +96,8 @@ struct Gradient {
     }
 };
 
-void check_backward(const Gradient& got, const Gate& gate, const Stored& logits, const Stored& dweights, const Stored& dprobs,
-                    int sigmoid, int renormalize) {
+void check_backward(const Gradient& got, const Gate& gate, const Stored& logits, const Stored& dweights,
+                    const Stored& dprobs, int sigmoid, int renormalize) {
     const int64_t E = gate.E, K = gate.K;
     CHECK(got.status == FM_OK);
     for (int64_t t = 0; t < gate.T; ++t) {
@@ -129,7 +139,8 @@ void check_shape(int64_t T, int64_t E, int64_t K) {
                     Gradient gradient(run, gate, dweights, dprobs, sigmoid, renormalize, 1);
                     check_backward(gradient, gate, logits, dweights, dprobs, sigmoid, renormalize);
                     for (int threads : {2, 3})
-                        CHECK(gradient.dlogits == Gradient(run, gate, dweights, dprobs, sigmoid, renormalize, threads).dlogits);
+                        CHECK(gradient.dlogits ==
+                              Gradient(run, gate, dweights, dprobs, sigmoid, renormalize, threads).dlogits);
                 }
             }
 }

@@ -14,8 +14,9 @@ struct Loss {
     fm_status status;
     int64_t bad;
 
-    Loss(fm_status (*run)(fm_linear_cross_entropy_cpu_args*), Stored& x, Stored& weight, const std::vector<int64_t>& targets,
-         int64_t D, int64_t V, int64_t ignore_index, bool need_x, bool need_weight, int threads)
+    Loss(fm_status (*run)(fm_linear_cross_entropy_cpu_args*), Stored& x, Stored& weight,
+         const std::vector<int64_t>& targets, int64_t D, int64_t V, int64_t ignore_index, bool need_x, bool need_weight,
+         int threads)
         : dx(FM_F32, int64_t(targets.size()) * D), dweight(FM_F32, V * D) {
         const int64_t T = int64_t(targets.size()), bytes = fm_linear_cross_entropy_workspace(T, V, threads);
         void* workspace;
@@ -70,7 +71,8 @@ void check_shape(int64_t T, int64_t D, int64_t V, fm_dtype dtype) {
         CHECK(first.status == FM_OK);
         CHECK_NEAR(first.loss, loss, 2e-6 * (loss + double(T)));
         for (int64_t i = 0; i < T * D; ++i) CHECK_NEAR(first.dx[i], dx[size_t(i)], 2e-5);
-        for (int64_t i = 0; i < V * D; ++i) CHECK_NEAR(first.dweight[i], dweight[size_t(i)], 2e-5 * std::sqrt(double(T) + 1));
+        for (int64_t i = 0; i < V * D; ++i)
+            CHECK_NEAR(first.dweight[i], dweight[size_t(i)], 2e-5 * std::sqrt(double(T) + 1));
         for (int threads : {2, 3}) {
             const Loss again(run, x, weight, targets, D, V, -100, true, true, threads);
             CHECK(again.loss == first.loss && again.dx == first.dx && again.dweight == first.dweight);

@@ -18,7 +18,8 @@ void check_shape(fm_dtype dtype, fm_dtype weight_dtype, int64_t T, int64_t D) {
         for (int64_t d = 0; d < D; ++d) squares += x[t * D + d] * x[t * D + d];
         exact_rstd[size_t(t)] = 1 / std::sqrt(squares / double(D) + kEps);
         rstd.set(t, exact_rstd[size_t(t)]);
-        for (int64_t d = 0; d < D; ++d) exact_dweight[size_t(d)] += dy[t * D + d] * x[t * D + d] * exact_rstd[size_t(t)];
+        for (int64_t d = 0; d < D; ++d)
+            exact_dweight[size_t(d)] += dy[t * D + d] * x[t * D + d] * exact_rstd[size_t(t)];
     }
     for (auto run : VARIANTS(fm_rms_norm_cpu)) {
         Stored first(dtype, 0);
@@ -63,7 +64,8 @@ void check_shape(fm_dtype dtype, fm_dtype weight_dtype, int64_t T, int64_t D) {
                 }
                 for (int64_t d = 0; d < D; ++d) {
                     const double exact = exact_dweight[size_t(d)];
-                    CHECK_NEAR(dweight[d], exact, epsilon(weight_dtype) * std::fabs(exact) + 3e-7 * std::sqrt(double(T) + 1));
+                    CHECK_NEAR(dweight[d], exact,
+                               epsilon(weight_dtype) * std::fabs(exact) + 3e-7 * std::sqrt(double(T) + 1));
                 }
             }
             CHECK(dx == first && dweight == first_dweight);

@@ -40,7 +40,8 @@ Routing plain(const std::vector<Id>& ids, int64_t T, int64_t K, int64_t E, int64
         int64_t count = 0;
         for (int64_t k = 0; k < K; ++k)
             for (int64_t t = 0; t < T; ++t)
-                if (ids[size_t(t * K + k)] == e && (capacity < 0 || count < capacity)) kept[size_t(t * K + k)] = 1, ++count;
+                if (ids[size_t(t * K + k)] == e && (capacity < 0 || count < capacity))
+                    kept[size_t(t * K + k)] = 1, ++count;
         for (int64_t s = 0; s < T * K; ++s)
             if (kept[size_t(s)]) r.src[size_t(row)] = int32_t(s), r.dst[size_t(s)] = row++;
         r.offsets.push_back(row);
@@ -82,7 +83,8 @@ void check_from_experts() {
     const std::vector<int32_t> want_dst{0, -1, 2, -1, -1, 3, 1, -1, -1, -1, -1, 4};
     for (auto run : VARIANTS(fm_build_routing_from_experts_cpu)) {
         const auto build = [&](std::vector<Id> tokens, std::vector<Id> offsets, Routing& r) {
-            r = {std::vector<int32_t>(tokens.size()), std::vector<int32_t>(size_t(T * E)), std::vector<int32_t>(size_t(E + 1))};
+            r = {std::vector<int32_t>(tokens.size()), std::vector<int32_t>(size_t(T * E)),
+                 std::vector<int32_t>(size_t(E + 1))};
             fm_build_routing_from_experts_cpu_args a{tokens.data(),
                                                      sizeof(Id) == 8,
                                                      offsets.data(),
@@ -99,7 +101,8 @@ void check_from_experts() {
         };
         Routing r;
         build({0, 2, 0, 1, 3}, {0, 2, 2, 5}, r);
-        CHECK(r.status == FM_OK && r.src == want_src && r.dst == want_dst && r.offsets == (std::vector<int32_t>{0, 2, 2, 5}));
+        CHECK(r.status == FM_OK && r.src == want_src && r.dst == want_dst &&
+              r.offsets == (std::vector<int32_t>{0, 2, 2, 5}));
         build({}, {0, 0, 0, 0}, r);
         CHECK(r.status == FM_OK && r.dst == std::vector<int32_t>(size_t(T * E), -1));
         CHECK(build({0, 2, 1, 1, 3}, {0, 2, 2, 5}, r) == 3 && r.status == FM_BAD_VALUE);  // twice one token
@@ -157,9 +160,20 @@ void check_move(int64_t T, int64_t K, int64_t E, int64_t D, int64_t capacity) {
                 Stored first(dtype, 0), first_dweights(weight_dtype, 0);
                 for (int threads : {1, 2, 3}) {
                     Stored dy(dtype, R * D), dweights(weight_dtype, T * K);
-                    fm_unpermute_backward_cpu_args a{
-                        dout.data(), y.data(), r.src.data(), r.dst.data(), weights.data(), dy.data(), dweights.data(), R, T,
-                        K,           D,        dtype,        weight_dtype, threads};
+                    fm_unpermute_backward_cpu_args a{dout.data(),
+                                                     y.data(),
+                                                     r.src.data(),
+                                                     r.dst.data(),
+                                                     weights.data(),
+                                                     dy.data(),
+                                                     dweights.data(),
+                                                     R,
+                                                     T,
+                                                     K,
+                                                     D,
+                                                     dtype,
+                                                     weight_dtype,
+                                                     threads};
                     CHECK(run(&a) == FM_OK);
                     if (threads == 1) first = dy, first_dweights = dweights;
                     CHECK(dy == first && dweights == first_dweights);

@@ -5,5 +5,13 @@ from fastmoe.comm.group import Group, LocalGroup
 from fastmoe.comm.launch import torchrun_environment
 from fastmoe.comm.torch_dist import TorchGroup
 
-__all__ = ["Dispatch", "Group", "LocalGroup", "TorchGroup", "combine", "dispatch", "expert_parallel_moe",
-           "torchrun_environment"]  # fmt: skip
+__all__ = [
+    "Dispatch",
+    "Group",
+    "LocalGroup",
+    "TorchGroup",
+    "combine",
+    "dispatch",
+    "expert_parallel_moe",
+    "torchrun_environment",
+]

@@ -44,8 +44,9 @@ def _move(rows, send_counts, recv_counts, group):
     return rows if group.size == 1 else _AllToAll.apply(rows, send_counts, recv_counts, group)
 
 
-def dispatch(x_TD: torch.Tensor, topk_ids_TK: torch.Tensor, group: Group,
-             num_experts: int) -> tuple[torch.Tensor, Dispatch]:  # fmt: skip
+def dispatch(
+    x_TD: torch.Tensor, topk_ids_TK: torch.Tensor, group: Group, num_experts: int
+) -> tuple[torch.Tensor, Dispatch]:
     """Sends a copy of token t to the rank of each of its K experts: an exchange of counts, one host sync, one of rows.
 
     x_TD: [T, D] float; T may differ between ranks and be 0. topk_ids_TK: [T, K] int32 or int64 global expert ids, -1
@@ -58,8 +59,9 @@ def dispatch(x_TD: torch.Tensor, topk_ids_TK: torch.Tensor, group: Group,
     send_counts [1, 1], recv_counts [1, 1], expert_N1 [[0], [0]].
     """
     if num_experts < 1 or num_experts % group.size:
-        raise ValueError(f"fastmoe.dispatch: num_experts must be a positive multiple of {group.size} (the ranks), "
-                         f"got {num_experts}")  # fmt: skip
+        raise ValueError(
+            f"fastmoe.dispatch: num_experts must be a positive multiple of {group.size} (the ranks), got {num_experts}"
+        )
     routing = ops.build_routing(topk_ids_TK, num_experts)
     rows_RD = ops.permute(x_TD, routing)
     L = num_experts // group.size
@@ -80,8 +82,9 @@ def combine(y_ND: torch.Tensor, sent: Dispatch, topk_weights_TK: torch.Tensor, g
     it. Errors: ValueError or TypeError naming the argument.
     """
     if y_ND.dim() != 2 or y_ND.shape[0] != sum(sent.recv_counts):
-        raise ValueError(f"fastmoe.combine: y_ND must be of shape [N, D] with N = {sum(sent.recv_counts)}, "
-                         f"got {list(y_ND.shape)}")  # fmt: skip
+        raise ValueError(
+            f"fastmoe.combine: y_ND must be of shape [N, D] with N = {sum(sent.recv_counts)}, got {list(y_ND.shape)}"
+        )
     y_RD = _move(y_ND, sent.recv_counts, sent.send_counts, group)
     not_sent = sent.routing.src_row_R.shape[0] - y_RD.shape[0]
     if not_sent:
@@ -89,9 +92,14 @@ def combine(y_ND: torch.Tensor, sent: Dispatch, topk_weights_TK: torch.Tensor, g
     return ops.unpermute(y_RD, sent.routing, topk_weights_TK)
 
 
-def expert_parallel_moe(x_TD: torch.Tensor, topk_ids_TK: torch.Tensor, topk_weights_TK: torch.Tensor,
-                        local_gate_up: torch.Tensor, local_down: torch.Tensor,
-                        group: Group) -> torch.Tensor:  # fmt: skip
+def expert_parallel_moe(
+    x_TD: torch.Tensor,
+    topk_ids_TK: torch.Tensor,
+    topk_weights_TK: torch.Tensor,
+    local_gate_up: torch.Tensor,
+    local_down: torch.Tensor,
+    group: Group,
+) -> torch.Tensor:
     """ops.moe_mlp with its experts split over the ranks of `group`; that op itself where there is one rank.
 
     x_TD, topk_ids_TK (global ids), topk_weights_TK: this rank's tokens, as for ops.moe_mlp. local_gate_up [L, 2F, D],

@@ -33,8 +33,9 @@ def torchrun_environment(environ: Mapping[str, str]) -> dict[str, str]:
         if not value.isdecimal():
             raise ValueError(f"fastmoe.launch: {name} of {launcher} must be a number, got {value!r}")
     if int(found["RANK"]) >= int(found["WORLD_SIZE"]):
-        raise ValueError(f"fastmoe.launch: RANK of {launcher} must be below WORLD_SIZE = {found['WORLD_SIZE']}, "
-                         f"got {found['RANK']}")  # fmt: skip
+        raise ValueError(
+            f"fastmoe.launch: RANK of {launcher} must be below WORLD_SIZE = {found['WORLD_SIZE']}, got {found['RANK']}"
+        )
     if "MASTER_ADDR" in environ:
         address = environ["MASTER_ADDR"]
     elif found.get("LOCAL_WORLD_SIZE") == found["WORLD_SIZE"]:
@@ -42,8 +43,9 @@ def torchrun_environment(environ: Mapping[str, str]) -> dict[str, str]:
     elif launcher == "srun" and "SLURM_JOB_NODELIST" in environ:
         address = first_host(environ["SLURM_JOB_NODELIST"])
     else:
-        raise ValueError(f"fastmoe.launch: MASTER_ADDR must be the host of rank 0 for a launch by {launcher} over "
-                         "machines, got none")  # fmt: skip
+        raise ValueError(
+            f"fastmoe.launch: MASTER_ADDR must be the host of rank 0 for a launch by {launcher} over machines, got none"
+        )
     return found | {"MASTER_ADDR": address, "MASTER_PORT": environ.get("MASTER_PORT", "29500")}
 
 

@@ -17,8 +17,10 @@ def install() -> ModuleType:
     ours = {f"fmoe{part}": importlib.import_module(f"fastmoe.compat.fmoe{part}") for part in _PARTS}
     for name, module in ours.items():
         if sys.modules.get(name, module) is not module:
-            raise RuntimeError(f"fastmoe.compat.install: call it before `import fmoe`; {name} is already "
-                               f"{getattr(sys.modules[name], '__file__', 'imported')}")  # fmt: skip
+            raise RuntimeError(
+                f"fastmoe.compat.install: call it before `import fmoe`; {name} is already "
+                f"{getattr(sys.modules[name], '__file__', 'imported')}"
+            )
     sys.modules.update(ours)
     return ours["fmoe"]
 

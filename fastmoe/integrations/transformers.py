@@ -19,8 +19,13 @@ except ImportError as error:
 
 NAME = "fastmoe"
 _SILU = (nn.SiLU, type(ACT2FN["silu"]))
-_FLAGS = {"is_concatenated": True, "is_transposed": False, "has_bias": False, "has_gate": True,
-          "has_post_expert_norm": False}  # fmt: skip
+_FLAGS = {
+    "is_concatenated": True,
+    "is_transposed": False,
+    "has_bias": False,
+    "has_gate": True,
+    "has_post_expert_norm": False,
+}
 _FORMER = "_fastmoe_former_experts"  # on an enabled model: [(config, its former implementation)]
 
 
@@ -61,8 +66,9 @@ def refusal(experts: nn.Module) -> str | None:
     return None
 
 
-def experts_forward(self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor,
-                    top_k_weights: torch.Tensor, **kwargs) -> torch.Tensor:  # fmt: skip
+def experts_forward(
+    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, **kwargs
+) -> torch.Tensor:
     """The experts function that the registry calls with a model's experts module as `self`.
 
     hidden_states: [T, D] (or [..., D]). top_k_index: [T, K] integer; num_experts marks a slot whose expert lives on
@@ -100,16 +106,21 @@ def enable(model: nn.Module) -> Report:
     """
     found = {name: module for name, module in model.named_modules() if _is_experts(module)}
     if not found:
-        raise ValueError("fastmoe.enable: model must hold experts modules of transformers v5, "
-                         f"got a {type(model).__name__} with none")  # fmt: skip
+        raise ValueError(
+            "fastmoe.enable: model must hold experts modules of transformers v5, "
+            f"got a {type(model).__name__} with none"
+        )
     for name, module in found.items():
         reason = refusal(module)
         if reason:
             raise NotImplementedError(f"fastmoe.enable: {name} ({type(module).__name__}): {reason}")
     register()
     if not hasattr(model, _FORMER):
-        configs = {id(module.config): module.config for module in model.modules()
-                   if hasattr(getattr(module, "config", None), "_experts_implementation")}  # fmt: skip
+        configs = {
+            id(module.config): module.config
+            for module in model.modules()
+            if hasattr(getattr(module, "config", None), "_experts_implementation")
+        }
         setattr(model, _FORMER, [(config, config._experts_implementation) for config in configs.values()])
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation(NAME)

@@ -7,5 +7,16 @@ from fastmoe.nn.norm import RMSNorm
 from fastmoe.nn.router import Router, RouterOutput
 from fastmoe.nn.transformer import Output, Transformer
 
-__all__ = ["Attention", "Experts", "FeedForward", "KVCache", "MoE", "MoEOutput", "Output", "RMSNorm", "Router", "RouterOutput",
-           "Transformer"]  # fmt: skip
+__all__ = [
+    "Attention",
+    "Experts",
+    "FeedForward",
+    "KVCache",
+    "MoE",
+    "MoEOutput",
+    "Output",
+    "RMSNorm",
+    "Router",
+    "RouterOutput",
+    "Transformer",
+]

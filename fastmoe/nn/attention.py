@@ -22,13 +22,22 @@ def rotate(x_BNSH: torch.Tensor, cos_SH: torch.Tensor, sin_SH: torch.Tensor) -> 
 
 
 class Attention(nn.Module):
-    def __init__(self, d_model: int, num_heads: int, num_kv_heads: int | None = None, rope_theta: float = 10000.0,
-                 init_std: float = 0.02, out_std: float | None = None):  # fmt: skip
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        rope_theta: float = 10000.0,
+        init_std: float = 0.02,
+        out_std: float | None = None,
+    ):
         super().__init__()
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
         if d_model % num_heads or (d_model // num_heads) % 2 or num_heads % self.num_kv_heads:
-            raise ValueError(f"fastmoe.Attention: num_heads must divide d_model into even heads and be a multiple of num_kv_heads, "
-                             f"got d_model={d_model}, num_heads={num_heads}, num_kv_heads={num_kv_heads}")  # fmt: skip
+            raise ValueError(
+                f"fastmoe.Attention: num_heads must divide d_model into even heads and be a multiple of num_kv_heads, "
+                f"got d_model={d_model}, num_heads={num_heads}, num_kv_heads={num_kv_heads}"
+            )
         self.head_dim = d_model // num_heads
         rows = (num_heads + 2 * self.num_kv_heads) * self.head_dim
         self.qkv_proj = nn.Parameter(torch.empty(rows, d_model).normal_(std=init_std))
@@ -49,11 +58,16 @@ class Attention(nn.Module):
             cache.v[layer][:, :, start : start + S] = v_BNSH
             k_BNSH, v_BNSH = cache.k[layer][:, :, : start + S], cache.v[layer][:, :, : start + S]
             mask = torch.ones(S, start + S, dtype=torch.bool, device=x_BSD.device).tril(start) if start else None
-        o_BNSH = scaled_dot_product_attention(q_BNSH, k_BNSH, v_BNSH, mask, is_causal=mask is None,
-                                              enable_gqa=self.num_kv_heads != self.num_heads)  # fmt: skip
+        o_BNSH = scaled_dot_product_attention(
+            q_BNSH, k_BNSH, v_BNSH, mask, is_causal=mask is None, enable_gqa=self.num_kv_heads != self.num_heads
+        )
         return linear(o_BNSH.transpose(1, 2).reshape(B, S, D), self.out_proj)
 
-    def _angles(self, start: int, S: int, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def _angles(
+        self, start: int, S: int, device: torch.device, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         half = torch.arange(0, self.head_dim, 2, device=device, dtype=torch.float32) / self.head_dim
-        angle_SH = torch.outer(torch.arange(start, start + S, device=device).float(), self.rope_theta**-half).repeat(1, 2)
+        angle_SH = torch.outer(torch.arange(start, start + S, device=device).float(), self.rope_theta**-half).repeat(
+            1, 2
+        )
         return angle_SH.cos().to(dtype), angle_SH.sin().to(dtype)

@@ -14,8 +14,13 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * d_ff, d_model).normal_(std=init_std))
         self.down_proj = nn.Parameter(torch.empty(num_experts, d_model, d_ff).normal_(std=out_std or init_std))
 
-    def forward(self, x_TD: torch.Tensor, topk_ids_TK: torch.Tensor, topk_weights_TK: torch.Tensor,
-                routing: ops.Routing | None = None) -> torch.Tensor:  # fmt: skip
+    def forward(
+        self,
+        x_TD: torch.Tensor,
+        topk_ids_TK: torch.Tensor,
+        topk_weights_TK: torch.Tensor,
+        routing: ops.Routing | None = None,
+    ) -> torch.Tensor:
         return ops.moe_mlp(x_TD, topk_ids_TK, topk_weights_TK, self.gate_up_proj, self.down_proj, routing=routing)
 
 

@@ -1,4 +1,6 @@
-"""Router losses. Functions of the routing's tensors; nothing is stored. Counts and probabilities are of this micro-batch."""
+"""Router losses. Functions of the routing's tensors; nothing is stored. Counts and probabilities are of this
+micro-batch.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,8 @@ import torch
 
 
 def load_balancing_loss(probs_TE: torch.Tensor, load_E: torch.Tensor) -> torch.Tensor:
-    """E * sum_e f_e P_e: f_e the share of all assignments that went to expert e, P_e the mean probability. 1 when uniform.
+    """E * sum_e f_e P_e: f_e the share of all assignments that went to expert e, P_e the mean probability. 1 when
+    uniform.
 
     probs_TE: [T, E] float32. load_E: [E] integer counts. Gradient flows through P alone. Returns a scalar; 0 for T = 0.
     Source: Switch (Fedus et al., arXiv 2101.03961), f over assignments.

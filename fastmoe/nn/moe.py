@@ -27,14 +27,26 @@ class MoEOutput(NamedTuple):
 class MoE(nn.Module):
     """A drop-in feed-forward: `y = MoE(d_model=512, d_ff=1024, num_experts=32, top_k=2)(x).y` for x [..., D].
 
-    num_shared_experts: experts that see every token, added to the routed sum. capacity_factor: None keeps every row; else an
-    expert keeps ceil(factor * T * K / E) rows, first choices first.
+    num_shared_experts: experts that see every token, added to the routed sum. capacity_factor: None keeps every row;
+    else an expert keeps ceil(factor * T * K / E) rows, first choices first.
     """
 
-    def __init__(self, d_model: int, d_ff: int, num_experts: int, top_k: int, *, num_shared_experts: int = 0,
-                 capacity_factor: float | None = None, score: str = "softmax", renormalize: bool = True,
-                 aux_loss_weight: float = 0.01, z_loss_weight: float = 1e-3, init_std: float = 0.02,
-                 out_std: float | None = None):  # fmt: skip
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        num_shared_experts: int = 0,
+        capacity_factor: float | None = None,
+        score: str = "softmax",
+        renormalize: bool = True,
+        aux_loss_weight: float = 0.01,
+        z_loss_weight: float = 1e-3,
+        init_std: float = 0.02,
+        out_std: float | None = None,
+    ):
         super().__init__()
         check.positive("MoE", d_model=d_model, d_ff=d_ff, num_experts=num_experts, top_k=top_k)
         if top_k > num_experts:
@@ -63,8 +75,12 @@ class MoE(nn.Module):
             y_TD = y_TD + self.shared(x_TD)
         kept_E = routing.offsets.diff().long()
         chosen_TK = ids_TK >= 0
-        load_E = kept_E if capacity is None else torch.zeros_like(kept_E).scatter_add(
-            0, ids_TK.clamp(min=0).reshape(-1), chosen_TK.long().reshape(-1))  # fmt: skip
-        aux_loss = (self.aux_loss_weight * losses.load_balancing_loss(probs_TE, load_E)
-                    + self.z_loss_weight * losses.z_loss(logits_TE))  # fmt: skip
+        load_E = (
+            kept_E
+            if capacity is None
+            else torch.zeros_like(kept_E).scatter_add(0, ids_TK.clamp(min=0).reshape(-1), chosen_TK.long().reshape(-1))
+        )
+        aux_loss = self.aux_loss_weight * losses.load_balancing_loss(
+            probs_TE, load_E
+        ) + self.z_loss_weight * losses.z_loss(logits_TE)
         return MoEOutput(y_TD.view(x.shape), aux_loss, load_E, (load_E - kept_E).sum(), (~chosen_TK[:, 0]).sum())

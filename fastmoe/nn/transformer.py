@@ -31,14 +31,28 @@ class Block(nn.Module):
         super().__init__()
         out_std = config.init_std / (2 * config.num_layers) ** 0.5
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.attention = Attention(config.d_model, config.num_heads, config.num_kv_heads, config.rope_theta,
-                                   config.init_std, out_std)  # fmt: skip
+        self.attention = Attention(
+            config.d_model, config.num_heads, config.num_kv_heads, config.rope_theta, config.init_std, out_std
+        )
         self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.feed_forward = FeedForward(config.d_model, config.d_ff_dense, config.init_std, out_std) if dense else MoE(
-            config.d_model, config.d_ff, config.num_experts, config.top_k, num_shared_experts=config.num_shared_experts,
-            capacity_factor=config.capacity_factor, score=config.router_score, renormalize=config.renormalize,
-            aux_loss_weight=config.aux_loss_weight, z_loss_weight=config.z_loss_weight, init_std=config.init_std,
-            out_std=out_std)  # fmt: skip
+        self.feed_forward = (
+            FeedForward(config.d_model, config.d_ff_dense, config.init_std, out_std)
+            if dense
+            else MoE(
+                config.d_model,
+                config.d_ff,
+                config.num_experts,
+                config.top_k,
+                num_shared_experts=config.num_shared_experts,
+                capacity_factor=config.capacity_factor,
+                score=config.router_score,
+                renormalize=config.renormalize,
+                aux_loss_weight=config.aux_loss_weight,
+                z_loss_weight=config.z_loss_weight,
+                init_std=config.init_std,
+                out_std=out_std,
+            )
+        )
 
     def forward(self, x_BSD: torch.Tensor, cache: KVCache | None, layer: int) -> tuple[torch.Tensor, ...]:
         """The new x_BSD, then the MoEOutput fields past y; nothing more from a dense layer."""
@@ -61,25 +75,38 @@ class Transformer(nn.Module):
             if getattr(config, name) < 1:
                 raise ValueError(f"fastmoe.Transformer: {name} must be at least 1, got {getattr(config, name)}")
         if not 0 <= config.num_dense_layers <= config.num_layers:
-            raise ValueError(f"fastmoe.Transformer: num_dense_layers must be in 0..{config.num_layers} (num_layers), "
-                             f"got {config.num_dense_layers}")  # fmt: skip
+            raise ValueError(
+                f"fastmoe.Transformer: num_dense_layers must be in 0..{config.num_layers} (num_layers), "
+                f"got {config.num_dense_layers}"
+            )
         self.config, self.checkpointed = config, False
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.d_model).normal_(std=config.init_std))
         self.layers = nn.ModuleList(Block(config, dense=i < config.num_dense_layers) for i in range(config.num_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.head = self.embedding if config.tie_embeddings else nn.Parameter(
-            torch.empty(config.vocab_size, config.d_model).normal_(std=config.init_std))  # fmt: skip
+        self.head = (
+            self.embedding
+            if config.tie_embeddings
+            else nn.Parameter(torch.empty(config.vocab_size, config.d_model).normal_(std=config.init_std))
+        )
 
-    def forward(self, ids_BS: torch.Tensor, targets_BS: torch.Tensor | None = None, cache: KVCache | None = None) -> Output:
-        """ids_BS: [B, S] integer in 0..V-1. targets_BS: [B, S], -100 is left out. cache: positions go on from cache.length."""
+    def forward(
+        self, ids_BS: torch.Tensor, targets_BS: torch.Tensor | None = None, cache: KVCache | None = None
+    ) -> Output:
+        """ids_BS: [B, S] integer in 0..V-1. targets_BS: [B, S], -100 is left out. cache: positions go on from
+        cache.length.
+        """
         config = self.config
         start = cache.length if cache else 0
         if start + ids_BS.shape[1] > config.max_seq_len:
-            raise ValueError(f"fastmoe.Transformer: ids_BS must end within max_seq_len = {config.max_seq_len}, "
-                             f"got {start} + {ids_BS.shape[1]} positions")  # fmt: skip
+            raise ValueError(
+                f"fastmoe.Transformer: ids_BS must end within max_seq_len = {config.max_seq_len}, "
+                f"got {start} + {ids_BS.shape[1]} positions"
+            )
         if cache is not None and start + ids_BS.shape[1] > cache.max_len:
-            raise ValueError(f"fastmoe.Transformer: ids_BS must fit the cache's max_len = {cache.max_len}, "
-                             f"got {start} + {ids_BS.shape[1]} positions")  # fmt: skip
+            raise ValueError(
+                f"fastmoe.Transformer: ids_BS must fit the cache's max_len = {cache.max_len}, "
+                f"got {start} + {ids_BS.shape[1]} positions"
+            )
         x_BSD = nn.functional.embedding(ids_BS, self.embedding)
         routed = []
         recompute = self.checkpointed and torch.is_grad_enabled()
@@ -102,9 +129,14 @@ class Transformer(nn.Module):
             logits_BSV = nn.functional.linear(x_BSD, self.head)
         none = torch.zeros(0, dtype=torch.int64, device=ids_BS.device)
         aux, load, dropped, nan = ([row[i] for row in routed] for i in range(4))
-        return Output(loss, sum(aux) if aux else x_BSD.new_zeros(()), logits_BSV,
-                      torch.stack(load) if load else none.view(0, config.num_experts),
-                      torch.stack(dropped) if dropped else none, torch.stack(nan) if nan else none)  # fmt: skip
+        return Output(
+            loss,
+            sum(aux) if aux else x_BSD.new_zeros(()),
+            logits_BSV,
+            torch.stack(load) if load else none.view(0, config.num_experts),
+            torch.stack(dropped) if dropped else none,
+            torch.stack(nan) if nan else none,
+        )
 
     def new_cache(self, batch_size: int, max_len: int) -> KVCache:
         config = self.config
@@ -115,9 +147,13 @@ class Transformer(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, seq_len: int) -> float:
-        """Forward and backward: 6 per active weight, 6 * S * D a layer for causal attention (backward twice the forward)."""
+        """Forward and backward: 6 per active weight, 6 * S * D a layer for causal attention (backward twice the
+        forward).
+        """
         config = self.config
         routed = sum(p.numel() for name, p in self.named_parameters() if ".experts." in name)
-        matrices = sum(p.numel() for p in self.parameters() if p.ndim >= 2) - (0 if config.tie_embeddings else self.embedding.numel())
+        matrices = sum(p.numel() for p in self.parameters() if p.ndim >= 2) - (
+            0 if config.tie_embeddings else self.embedding.numel()
+        )
         active = matrices - routed + routed * config.top_k / config.num_experts
         return 6 * active + 6 * config.num_layers * seq_len * config.d_model

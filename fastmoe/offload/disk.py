@@ -22,8 +22,11 @@ def check_space(directory: Path, size: int) -> None:
     """OSError (ENOSPC) unless the file system of `directory` has `size` bytes free."""
     room = os.statvfs(directory)
     if size > room.f_bavail * room.f_frsize:
-        raise OSError(errno.ENOSPC, f"fastmoe.offload: directory must have {human(size)} free, "
-                                    f"got {human(room.f_bavail * room.f_frsize)}", str(directory))  # fmt: skip
+        raise OSError(
+            errno.ENOSPC,
+            f"fastmoe.offload: directory must have {human(size)} free, got {human(room.f_bavail * room.f_frsize)}",
+            str(directory),
+        )
 
 
 def allocate(path: Path, size: int) -> None:

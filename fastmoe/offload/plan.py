@@ -56,8 +56,10 @@ def plan(sizes: Mapping[str, int], budgets: Mapping[str, int]) -> Plan:
     if missing:
         shortfall = ", ".join(f"{human(short)} on {name}" for name, short in missing.items())
         given = ", ".join(f"{human(budgets[name])} on {name}" for name in tiers)
-        raise ValueError(f"fastmoe.offload: budgets must hold {human(sum(sizes.values()))} and their buffers, "
-                         f"got {given}: short of {shortfall}")  # fmt: skip
+        raise ValueError(
+            f"fastmoe.offload: budgets must hold {human(sum(sizes.values()))} and their buffers, "
+            f"got {given}: short of {shortfall}"
+        )
     used = {name: sum(sizes[piece] for piece in sizes if tier[piece] == name) for name in tiers}
     return Plan(tier, used, buffers, {name: budgets[name] for name in tiers})
 

@@ -33,9 +33,18 @@ class OffloadedAdamW(torch.optim.Optimizer):
     with no file left behind; an error in a background read or write is raised by the step that waits for it.
     """
 
-    def __init__(self, params: Iterable, directory: str | Path, lr: float = 1e-3,
-                 betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 1e-2, *,
-                 tier: str = "disk", reopen: bool = False):  # fmt: skip
+    def __init__(
+        self,
+        params: Iterable,
+        directory: str | Path,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        tier: str = "disk",
+        reopen: bool = False,
+    ):
         for name, values in dict(lr=[lr], betas=betas, eps=[eps], weight_decay=[weight_decay]).items():
             if not all(0 <= value < (1 if name == "betas" else math.inf) for value in values):
                 raise ValueError(f"fastmoe.OffloadedAdamW: {name} must be at least 0 (betas below 1), got {values}")
@@ -70,8 +79,10 @@ class OffloadedAdamW(torch.optim.Optimizer):
     def _create(self) -> list[disk.TensorFile]:
         layouts = [2 * layout for layout in self._layouts()]
         if self._record.exists() or self._path(0).exists():
-            raise FileExistsError(f"fastmoe.OffloadedAdamW: directory must hold no states (reopen=True goes on from "
-                                  f"them), got {self._directory}")  # fmt: skip
+            raise FileExistsError(
+                f"fastmoe.OffloadedAdamW: directory must hold no states (reopen=True goes on from "
+                f"them), got {self._directory}"
+            )
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -92,11 +103,15 @@ class OffloadedAdamW(torch.optim.Optimizer):
         try:
             record = json.loads(self._record.read_text())
         except FileNotFoundError:
-            raise FileNotFoundError(f"fastmoe.OffloadedAdamW: directory must hold states of a run that was closed, got "
-                                    f"{self._directory} without {self._record.name}") from None  # fmt: skip
+            raise FileNotFoundError(
+                f"fastmoe.OffloadedAdamW: directory must hold states of a run that was closed, got "
+                f"{self._directory} without {self._record.name}"
+            ) from None
         if record["layouts"] != self._named_layouts():
-            raise ValueError(f"fastmoe.OffloadedAdamW: {self._directory} must hold states of these parameter groups, "
-                             "got those of other shapes, dtypes or order")  # fmt: skip
+            raise ValueError(
+                f"fastmoe.OffloadedAdamW: {self._directory} must hold states of these parameter groups, "
+                "got those of other shapes, dtypes or order"
+            )
         files = [disk.TensorFile(self._path(i), 2 * layout, create=False) for i, layout in enumerate(self._layouts())]
         self._adopt(files, record["steps"])
         return files
@@ -161,8 +176,10 @@ class OffloadedAdamW(torch.optim.Optimizer):
 
     def _check_whole(self) -> None:
         if not self._whole:
-            raise RuntimeError(f"fastmoe.OffloadedAdamW: the last step did not finish, the states in {self._directory} "
-                               "are of no use; load_state_dict from a checkpoint")  # fmt: skip
+            raise RuntimeError(
+                f"fastmoe.OffloadedAdamW: the last step did not finish, the states in {self._directory} "
+                "are of no use; load_state_dict from a checkpoint"
+            )
 
     def _step_group(self, group: dict, grad_scale: float) -> None:
         by_step: dict[int, list[torch.Tensor]] = {}
@@ -172,8 +189,17 @@ class OffloadedAdamW(torch.optim.Optimizer):
                 by_step.setdefault(self.state[param]["step"], []).append(param)
         for step, params in by_step.items():
             moments = ([self.state[param][name] for param in params] for name in _MOMENTS)
-            ops.adamw_step(params, [param.grad for param in params], *moments, step, group["lr"], *group["betas"],
-                           group["eps"], group["weight_decay"], grad_scale)  # fmt: skip
+            ops.adamw_step(
+                params,
+                [param.grad for param in params],
+                *moments,
+                step,
+                group["lr"],
+                *group["betas"],
+                group["eps"],
+                group["weight_decay"],
+                grad_scale,
+            )
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Copies the moments of `state_dict` (of this class or of fastmoe.optim.AdamW) to where this one keeps them."""

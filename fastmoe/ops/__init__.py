@@ -7,5 +7,15 @@ from fastmoe.ops.loss import linear_cross_entropy
 from fastmoe.ops.norm import rms_norm
 from fastmoe.ops.permutation import Routing, build_routing, build_routing_from_experts, permute, unpermute
 
-__all__ = ["Routing", "adamw_step", "build_routing", "build_routing_from_experts", "linear_cross_entropy", "moe_mlp",
-           "permute", "rms_norm", "topk_gate", "unpermute"]  # fmt: skip
+__all__ = [
+    "Routing",
+    "adamw_step",
+    "build_routing",
+    "build_routing_from_experts",
+    "linear_cross_entropy",
+    "moe_mlp",
+    "permute",
+    "rms_norm",
+    "topk_gate",
+    "unpermute",
+]

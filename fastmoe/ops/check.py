@@ -12,9 +12,18 @@ def fail(op: str, argument: str, wanted: str, got: object, error: type[Exception
     raise error(f"fastmoe.{op}: {argument} must be {wanted}, got {got}")
 
 
-def tensor(op: str, argument: str, value: object, shape: tuple[int | None, ...], dtypes: tuple[torch.dtype, ...] = FLOATS,
-           like: torch.Tensor | None = None, legend: str = "") -> None:  # fmt: skip
-    """Checks type, dtype, shape (None = any size) and, with `like`, the device. `legend` names the dimensions, as "T, D"."""
+def tensor(
+    op: str,
+    argument: str,
+    value: object,
+    shape: tuple[int | None, ...],
+    dtypes: tuple[torch.dtype, ...] = FLOATS,
+    like: torch.Tensor | None = None,
+    legend: str = "",
+) -> None:
+    """Checks type, dtype, shape (None = any size) and, with `like`, the device. `legend` names the dimensions, as "T,
+    D".
+    """
     if not isinstance(value, torch.Tensor):
         fail(op, argument, "a torch.Tensor", type(value).__name__, TypeError)
     if value.dtype not in dtypes:
@@ -41,4 +50,6 @@ def not_yet(op: str, **options: tuple[object, object]) -> None:
     """Each option is (value, the only value served so far)."""
     for name, (value, served) in options.items():
         if value is not served and value != served:
-            raise NotImplementedError(f"fastmoe.{op}: {name} must be {served!r} (others are not served yet), got {value!r}")
+            raise NotImplementedError(
+                f"fastmoe.{op}: {name} must be {served!r} (others are not served yet), got {value!r}"
+            )

@@ -1,9 +1,10 @@
 """One place where an op becomes a torch operator and where its backend is chosen.
 
-An op lives in ``fastmoe/ops/<family>/``. Its backends are modules of that folder, each holding a function of the op's own
-name and signature: ``native`` (native.py, C++), ``cuda`` (cuda.py, CUDA C++), ``triton`` (kernels.py), ``reference``
-(reference.py, plain torch, always present). The first of these that exists for the op, suits the device and can run here is
-used. ``FASTMOE_BACKEND`` asks for one by name (``triton``: every op that has it; ``experts=triton``: that family, or an error).
+An op lives in ``fastmoe/ops/<family>/``. Its backends are modules of that folder, each holding a function of the op's
+own name and signature: ``native`` (native.py, C++), ``cuda`` (cuda.py, CUDA C++), ``triton`` (kernels.py),
+``reference`` (reference.py, plain torch, always present). The first of these that exists for the op, suits the device
+and can run here is used. ``FASTMOE_BACKEND`` asks for one by name (``triton``: every op that has it;
+``experts=triton``: that family, or an error).
 """
 
 from __future__ import annotations
@@ -33,26 +34,32 @@ class Op:
     name: str
     overload: Callable = None
     ran: dict[str, tuple[str, str]] = field(default_factory=dict)  # device type -> (backend, why)
-    chosen: dict[tuple, Callable] = field(default_factory=dict)  # (device type, is float64, wish) -> implementation
+    chosen: dict[tuple, tuple] = field(default_factory=dict)  # (device type, is float64, wish) -> (function, ran)
 
     def __call__(self, *args):
         device, double = _traits(args)
         key = (device, double, os.environ.get("FASTMOE_BACKEND", ""))
-        implementation = self.chosen.get(key)
-        if implementation is None:
+        if key not in self.chosen:
             backend, why = select(self, device, double)
-            implementation = self.chosen[key] = getattr(backend_module(self.family, backend), self.name)
-            self.ran[device] = (backend, why)
+            self.chosen[key] = getattr(backend_module(self.family, backend), self.name), (backend, why)
+        implementation, self.ran[device] = self.chosen[key]
         return implementation(*args)
 
 
-def define(family: str, schema: str, *, fake: Callable, setup_context: Callable | None = None,
-           backward: Callable | None = None, autocast: Callable | None = None) -> Callable:  # fmt: skip
+def define(
+    family: str,
+    schema: str,
+    *,
+    fake: Callable,
+    setup_context: Callable | None = None,
+    backward: Callable | None = None,
+    autocast: Callable | None = None,
+) -> Callable:
     """Registers ``fastmoe::<schema>`` and returns the torch overload.
 
-    family: folder under fastmoe/ops. fake: shapes and dtypes of the outputs (for torch.compile). setup_context, backward: as in
-    torch.library.register_autograd; gradients of gradients are refused. autocast: maps (args, autocast dtype) to the
-    args to call with; absent, inputs are taken as they come.
+    family: folder under fastmoe/ops. fake: shapes and dtypes of the outputs (for torch.compile). setup_context,
+    backward: as in torch.library.register_autograd; gradients of gradients are refused. autocast: maps (args, autocast
+    dtype) to the args to call with; absent, inputs are taken as they come.
     """
     name = schema.split("(")[0]
     op = OPS[name] = Op(family, name)
@@ -60,7 +67,9 @@ def define(family: str, schema: str, *, fake: Callable, setup_context: Callable 
     _library.impl(name, op, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastmoe::{name}", fake, lib=_library)
     if backward is not None:
-        torch.library.register_autograd(f"fastmoe::{name}", _once(name, backward), setup_context=setup_context, lib=_library)
+        torch.library.register_autograd(
+            f"fastmoe::{name}", _once(name, backward), setup_context=setup_context, lib=_library
+        )
     op.overload = getattr(torch.ops.fastmoe, name).default
     for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
         _library.impl(name, _autocast_kernel(op, device, key, autocast or (lambda args, dtype: args)), key)
@@ -104,8 +113,10 @@ def _wish(family: str) -> tuple[str | None, bool]:
     for word in filter(None, os.environ.get("FASTMOE_BACKEND", "").replace(" ", "").split(",")):
         name, equals, backend = word.rpartition("=")
         if backend not in _MODULES or (equals and name not in {op.family for op in OPS.values()}):
-            raise ValueError(f"fastmoe: FASTMOE_BACKEND must be words like 'triton' or 'experts=triton' with backends "
-                             f"{sorted(_MODULES)} and families {sorted({op.family for op in OPS.values()})}, got {word!r}")  # fmt: skip
+            raise ValueError(
+                f"fastmoe: FASTMOE_BACKEND must be words like 'triton' or 'experts=triton' with backends "
+                f"{sorted(_MODULES)} and families {sorted({op.family for op in OPS.values()})}, got {word!r}"
+            )
         if equals and name == family:
             return backend, True
         if not equals:
@@ -163,7 +174,9 @@ def select(op: Op, device: str, double: bool = False) -> tuple[str, str]:
 
 
 def explain(device: str | None = None) -> str:
-    """A table of the backend each op takes on `device` (default: cuda where there is one, else cpu), why, and what ran last."""
+    """A table of the backend each op takes on `device` (default: cuda where there is one, else cpu), why, and what ran
+    last.
+    """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     rows = [("op", "backend", "why", "ran")]
     for op in OPS.values():

@@ -68,18 +68,32 @@ class Plan:
         host_parts = [("for the regime", self.host)] if self.host else []
         if self.overflow:
             host_parts.append(("offloaded", self.overflow * machine.devices_per_host))
-        rows = [f"{self.name} on {machine.devices} devices, {sizes}, {self.regime}: "
-                f"{self.params_per_device:,.0f} parameters a device"]  # fmt: skip
-        for title, parts, room in (("device", list(self.device.items()), machine.device_memory),
-                                   ("host", host_parts, machine.host_memory)):  # fmt: skip
+        rows = [
+            f"{self.name} on {machine.devices} devices, {sizes}, {self.regime}: "
+            f"{self.params_per_device:,.0f} parameters a device"
+        ]
+        for title, parts, room in (
+            ("device", list(self.device.items()), machine.device_memory),
+            ("host", host_parts, machine.host_memory),
+        ):
             rows += [f"  {title:<8}{name:<16}{_gb(size):>12}" for name, size in parts]
             rows.append(f"  {title:<8}{'of':<16}{_gb(room):>12}")
         return "\n".join([*rows, self.verdict])
 
 
-def plan(model: Preset | ModelConfig | str, machine: Machine, *, pp: int = 1, tp: int = 1, ep: int | None = None,
-         regime: str = "mixed", tokens: int = 0, recompute: str = "selective", save: str = "z",
-         shared_layers: bool = False) -> Plan:  # fmt: skip
+def plan(
+    model: Preset | ModelConfig | str,
+    machine: Machine,
+    *,
+    pp: int = 1,
+    tp: int = 1,
+    ep: int | None = None,
+    regime: str = "mixed",
+    tokens: int = 0,
+    recompute: str = "selective",
+    save: str = "z",
+    shared_layers: bool = False,
+) -> Plan:
     """Bytes per device and host for one way to lay a model out; says whether it fits.
 
     machine.devices = pp * dp * tp; ep divides dp and the experts (None: their greatest common divisor). tp divides all
@@ -124,8 +138,8 @@ def plan(model: Preset | ModelConfig | str, machine: Machine, *, pp: int = 1, tp
         kept = shape.num_layers * ruler.activation_bytes(tokens, shape.d_model, recompute)
         if recompute != "full" and shape.top_k:
             kept += shape.num_moe_layers * ruler.moe_activation_bytes(
-                tokens, shape.d_model, shape.d_ff, shape.top_k + shape.num_shared_experts, shape.matrices == 3,
-                save)  # fmt: skip
+                tokens, shape.d_model, shape.d_ff, shape.top_k + shape.num_shared_experts, shape.matrices == 3, save
+            )
         device["activations"] = kept
     host = (dense * rules.host_bytes(dp) + routed * rules.host_bytes(dp // ep)) * machine.devices_per_host
     overflow = max(0.0, sum(device.values()) - machine.device_memory)
@@ -148,8 +162,12 @@ def parse_bytes(text: str) -> float:
 
 def main(argv: list[str]) -> int:
     """`fastmoe plan PRESET ...`: prints the plan; 0 where it fits, if need be with offload, else 1."""
-    parser = argparse.ArgumentParser("fastmoe plan", description="Say whether a model fits a machine.",
-                                     epilog="presets: " + ", ".join(PRESETS), allow_abbrev=False)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        "fastmoe plan",
+        description="Say whether a model fits a machine.",
+        epilog="presets: " + ", ".join(PRESETS),
+        allow_abbrev=False,
+    )
     parser.add_argument("preset", metavar="PRESET")
     parser.add_argument("--devices", type=int, required=True)
     parser.add_argument("--device-memory", required=True, metavar="SIZE", help="of one device, as 32GB or 24GiB")
@@ -165,7 +183,16 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     device, host = parse_bytes(args.device_memory), parse_bytes(args.host_memory)
     machine = Machine(args.devices, device, host, args.devices_per_host)
-    result = plan(args.preset, machine, pp=args.pp, tp=args.tp, ep=args.ep, regime=args.regime, tokens=args.tokens,
-                  recompute=args.recompute, shared_layers=args.shared_layers)  # fmt: skip
+    result = plan(
+        args.preset,
+        machine,
+        pp=args.pp,
+        tp=args.tp,
+        ep=args.ep,
+        regime=args.regime,
+        tokens=args.tokens,
+        recompute=args.recompute,
+        shared_layers=args.shared_layers,
+    )
     print(result)
     return 0 if result.fits_with_offload else 1

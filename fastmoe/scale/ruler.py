@@ -67,8 +67,9 @@ def regime(name: str) -> Regime:
     return REGIMES[name]
 
 
-def moe_rank_bytes(dense: float, experts: float, regime: Regime, dp: int, ep: int,
-                   matrix: tuple[int, int] | None = None) -> float:  # fmt: skip
+def moe_rank_bytes(
+    dense: float, experts: float, regime: Regime, dp: int, ep: int, matrix: tuple[int, int] | None = None
+) -> float:
     """Device bytes of a rank: dense*f(DP) + (experts/EP)*f(DP/EP). With EP = DP, sharding saves nothing on experts."""
     if ep < 1 or dp % ep:
         raise ValueError(f"fastmoe.ruler: ep must divide dp = {dp}, got {ep}")
@@ -82,8 +83,9 @@ def max_params(device: float, host: float, per_device: float, per_host: float = 
     return min(device / per_device if per_device else float("inf"), host / per_host if per_host else float("inf"))
 
 
-def activation_bytes(tokens: int, d_model: int, recompute: str = "selective", seq_len: int = 0,
-                     heads: int = 0) -> float:  # fmt: skip
+def activation_bytes(
+    tokens: int, d_model: int, recompute: str = "selective", seq_len: int = 0, heads: int = 0
+) -> float:
     """Bytes that one transformer layer keeps for backward, 16-bit, dense feed-forward of 4D included.
 
     recompute: "none" T*D*(34 + 5*heads*seq_len/D), "selective" (or flash attention) 34*T*D, "full" 2*T*D.
@@ -91,16 +93,18 @@ def activation_bytes(tokens: int, d_model: int, recompute: str = "selective", se
     """
     if recompute == "none":
         if seq_len < 1 or heads < 1:
-            raise ValueError("fastmoe.ruler: seq_len and heads must be at least 1 for recompute='none', "
-                             f"got {seq_len} and {heads}")  # fmt: skip
+            raise ValueError(
+                f"fastmoe.ruler: seq_len and heads must be at least 1 for recompute='none', got {seq_len} and {heads}"
+            )
         return tokens * d_model * (34 + 5 * heads * seq_len / d_model)
     if recompute not in ("selective", "full"):
         raise ValueError(f"fastmoe.ruler: recompute must be 'none', 'selective' or 'full', got {recompute!r}")
     return (34 if recompute == "selective" else 2) * tokens * d_model
 
 
-def moe_activation_bytes(tokens: int, d_model: int, d_ff: int, top_k: int, gated: bool = True,
-                         save: str = "z") -> float:  # fmt: skip
+def moe_activation_bytes(
+    tokens: int, d_model: int, d_ff: int, top_k: int, gated: bool = True, save: str = "z"
+) -> float:
     """Bytes that the expert op keeps for backward, 16-bit storage; the fused op's ~16*T*K bytes of indices are in.
 
     save: "all" permuted x, z and the activation (no indices), "z" x and z (fastmoe's default), "z8" x and z in 8 bits
@@ -108,8 +112,12 @@ def moe_activation_bytes(tokens: int, d_model: int, d_ff: int, top_k: int, gated
     """
     x_bytes, slots = 2 * tokens * d_model, tokens * top_k
     z_elements = slots * d_ff * (2 if gated else 1)
-    kept = {"all": 2 * slots * d_model + 2 * z_elements + 2 * slots * d_ff, "z": x_bytes + 2 * z_elements + 16 * slots,
-            "z8": x_bytes + z_elements + 4 * slots + 16 * slots, "x": x_bytes + 16 * slots}  # fmt: skip
+    kept = {
+        "all": 2 * slots * d_model + 2 * z_elements + 2 * slots * d_ff,
+        "z": x_bytes + 2 * z_elements + 16 * slots,
+        "z8": x_bytes + z_elements + 4 * slots + 16 * slots,
+        "x": x_bytes + 16 * slots,
+    }
     if save not in kept:
         raise ValueError(f"fastmoe.ruler: save must be one of {', '.join(map(repr, kept))}, got {save!r}")
     return kept[save]

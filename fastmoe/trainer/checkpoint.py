@@ -60,8 +60,10 @@ def save(
         _sync_folder(folder)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(f"fastmoe.checkpoint: cannot write {final}: {error.strerror or error}; "
-                              f"the checkpoints already there are intact") from error  # fmt: skip
+        raise CheckpointError(
+            f"fastmoe.checkpoint: cannot write {final}: {error.strerror or error}; "
+            f"the checkpoints already there are intact"
+        ) from error
     for path in steps(folder)[:-keep]:
         _remove(path)
     return final

@@ -168,8 +168,10 @@ class Metrics:
         """Throughput over the records since the last printed line."""
         seconds = sum(record["perf"]["step_seconds"] for record in self.window)
         rate = len(self.window) / seconds
-        return {key: self.window[-1]["perf"][key] * self.window[-1]["perf"]["step_seconds"] * rate
-                for key in ("tokens_per_second", "tflops", "mfu")}  # fmt: skip
+        return {
+            key: self.window[-1]["perf"][key] * self.window[-1]["perf"]["step_seconds"] * rate
+            for key in ("tokens_per_second", "tflops", "mfu")
+        }
 
     def _line(self, record: dict) -> str:
         speed, memory = self._speed(), record["perf"]["memory_gib"]

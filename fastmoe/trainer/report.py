@@ -143,11 +143,19 @@ def _page(run_dir: Path, run: dict, records: list[dict], summary: dict) -> str:
         chart("grad-norm", "Gradient norm", "before clipping", [record["grad_norm"] for record in few]),
         chart("throughput", "Tokens per second", "", [record["perf"]["tokens_per_second"] for record in few]),
         chart("memory", "Peak memory", "GiB", [record["perf"]["memory_gib"] for record in few]),
-        chart("max-load", "Expert load, max / mean", "of the most uneven layer; 1 is even",
-              [record["load_max_over_mean"] for record in few]),
-        chart("drop-rate", "Drop rate", "% of slots past an expert's capacity",
-              [100 * record["drop_rate"] for record in few]),
-    ]  # fmt: skip
+        chart(
+            "max-load",
+            "Expert load, max / mean",
+            "of the most uneven layer; 1 is even",
+            [record["load_max_over_mean"] for record in few],
+        ),
+        chart(
+            "drop-rate",
+            "Drop rate",
+            "% of slots past an expert's capacity",
+            [100 * record["drop_rate"] for record in few],
+        ),
+    ]
     if summary.get("sample"):
         body = f"<pre>{escape(summary['sample'])}</pre>"
         parts.append(_section("sample", "Sample", "what the model writes at temperature 0.8", body))
@@ -314,8 +322,11 @@ def _settings(config: dict) -> str:
     default = configs.flat(configs.Config())
     tables = []
     for group, values in config.items():
-        rows = "".join(f'<tr{"" if default.get(f"{group}.{name}") == value else " class=changed"}><td>{name}</td>'
-                       f"<td>{escape(str(value))}</td></tr>" for name, value in values.items())  # fmt: skip
+        rows = "".join(
+            f"<tr{'' if default.get(f'{group}.{name}') == value else ' class=changed'}><td>{name}</td>"
+            f"<td>{escape(str(value))}</td></tr>"
+            for name, value in values.items()
+        )
         tables.append(f"<table><tr><th colspan=2>{group}</th></tr>{rows}</table>")
     return f'<div class="settings">{"".join(tables)}</div>'
 
@@ -354,8 +365,11 @@ def _mean(chunk: list[dict]) -> dict:
             if isinstance(x, int | float)
         }
 
-    return {**mean([{**record, "heldout": 0} for record in chunk]), "perf": mean([record["perf"] for record in chunk]),
-            "step": chunk[-1]["step"]}  # fmt: skip
+    return {
+        **mean([{**record, "heldout": 0} for record in chunk]),
+        "perf": mean([record["perf"] for record in chunk]),
+        "step": chunk[-1]["step"],
+    }
 
 
 def _smooth(values: list[float]) -> list[float]:

@@ -159,11 +159,21 @@ class _Run:
         seconds = time.perf_counter() - start
         rate = train.batch_size * train.seq_len / seconds
         return {
-            "step": self.step, "loss": loss, "aux_loss": aux_loss, "lr": lr, "grad_norm": norm,
-            "tokens": self.position * train.seq_len, **metrics.describe_load(load.view(layers, experts), dropped_L),
-            "perf": {"tokens_per_second": rate, "step_seconds": seconds, "tflops": rate * self.flops_per_token / 1e12,
-                     "mfu": rate * self.flops_per_token / self.peak, "memory_gib": metrics.memory_gib(self.device)[0]},
-        }  # fmt: skip
+            "step": self.step,
+            "loss": loss,
+            "aux_loss": aux_loss,
+            "lr": lr,
+            "grad_norm": norm,
+            "tokens": self.position * train.seq_len,
+            **metrics.describe_load(load.view(layers, experts), dropped_L),
+            "perf": {
+                "tokens_per_second": rate,
+                "step_seconds": seconds,
+                "tflops": rate * self.flops_per_token / 1e12,
+                "mfu": rate * self.flops_per_token / self.peak,
+                "memory_gib": metrics.memory_gib(self.device)[0],
+            },
+        }
 
     def _check_finite(self, loss: float, aux_loss: float, norm: float, nan_L: torch.Tensor) -> None:
         if nan_L.any():
@@ -242,8 +252,10 @@ class _Run:
         summary = {"step": self.step, "seconds": self.seconds, "heldout": heldout, "order2": order2, "sample": sample}
         _write_json(self.run_dir / "summary.json", summary)
         page = report(self.run_dir)
-        note(f"held-out {heldout:.3f} bits/{'byte' if self.byte_tokens else 'token'}"
-             + (f"; order-2 model {order2:.3f} bits/byte" if order2 is not None else ""))  # fmt: skip
+        note(
+            f"held-out {heldout:.3f} bits/{'byte' if self.byte_tokens else 'token'}"
+            + (f"; order-2 model {order2:.3f} bits/byte" if order2 is not None else "")
+        )
         note("sample:\n" + "\n".join(f"  | {line}" for line in sample.split("\n")))
         note(f"checkpoint: {self.saved}")
         note(f"report: {page}")
@@ -259,8 +271,13 @@ class _Run:
 
     def _save(self) -> None:
         self.metrics.sync()
-        state = {"position": self.position, "seconds": self.seconds, "config": asdict(self.config),
-                 "tokenizer": self.batches.meta["tokenizer"], "data": self.data_digest}  # fmt: skip
+        state = {
+            "position": self.position,
+            "seconds": self.seconds,
+            "config": asdict(self.config),
+            "tokenizer": self.batches.meta["tokenizer"],
+            "data": self.data_digest,
+        }
         self.saved = checkpoint.save(
             self.checkpoints, self.step, self.model, self.optimizer, state, self.config.checkpoint.keep
         )

@@ -40,8 +40,10 @@ def batches(world: int) -> dict[str, list[tuple[torch.Tensor, ...]]]:
 
 def experts(world: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(99)
-    return (torch.randn(L * world, 2 * F, D, generator=generator) / D**0.5,
-            torch.randn(L * world, D, F, generator=generator) / F**0.5)  # fmt: skip
+    return (
+        torch.randn(L * world, 2 * F, D, generator=generator) / D**0.5,
+        torch.randn(L * world, D, F, generator=generator) / F**0.5,
+    )
 
 
 def step(layer, x_TD, ids_TK, weights_TK, dy_TD, gate_up, down) -> list[torch.Tensor]:
@@ -56,8 +58,10 @@ def run_rank(rank: int, world: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     group = TorchGroup(dist.group.WORLD)
     mine = [weight[rank * L : (rank + 1) * L] for weight in experts(world)]
-    got = {name: step(lambda *args: expert_parallel_moe(*args, group), *ranks[rank], *mine)
-           for name, ranks in batches(world).items()}  # fmt: skip
+    got = {
+        name: step(lambda *args: expert_parallel_moe(*args, group), *ranks[rank], *mine)
+        for name, ranks in batches(world).items()
+    }
     numbers = torch.arange(world, dtype=torch.int64) + rank
     got["collectives"] = [group.all_reduce(numbers), group.all_gather(numbers)]
     for dtype in (torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int64):
@@ -82,8 +86,10 @@ def ranks(request, tmp_path_factory) -> list[dict[str, list[torch.Tensor]]]:
 @pytest.mark.parametrize("case", batches(2))
 def test_outputs_and_gradients_equal_one_process_on_the_joined_batch(ranks, case):
     world = len(ranks)
-    joined = [torch.cat([tensor.long() if i == 1 else tensor for tensor in tensors])
-              for i, tensors in enumerate(zip(*batches(world)[case]))]  # fmt: skip
+    joined = [
+        torch.cat([tensor.long() if i == 1 else tensor for tensor in tensors])
+        for i, tensors in enumerate(zip(*batches(world)[case]))
+    ]
     want = step(ops.moe_mlp, *joined, *experts(world))
     for exact, parts in zip(want, zip(*(got[case] for got in ranks))):  # y, dx, dweights, dgate_up, ddown
         largest = max([1.0, *exact.abs().flatten().tolist()])
@@ -132,8 +138,9 @@ def test_one_rank_is_the_op_itself():
     rows_ND, sent = dispatch(x_TD, ids_TK, LocalGroup(), L)
     routing = ops.build_routing(ids_TK, L)
     assert torch.equal(rows_ND, ops.permute(x_TD, routing)[: int(routing.offsets[-1])])
-    assert torch.equal(combine(rows_ND, sent, weights_TK, LocalGroup()),
-                       ops.unpermute(ops.permute(x_TD, routing), routing, weights_TK))  # fmt: skip
+    assert torch.equal(
+        combine(rows_ND, sent, weights_TK, LocalGroup()), ops.unpermute(ops.permute(x_TD, routing), routing, weights_TK)
+    )
 
 
 def test_the_example_of_the_docstring():

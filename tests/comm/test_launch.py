@@ -12,8 +12,12 @@ from fastmoe.comm import torchrun_environment
 from fastmoe.comm.launch import first_host
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
-OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
-            "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}  # fmt: skip
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_RANK": "3",
+    "OMPI_COMM_WORLD_SIZE": "8",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+}
 HYDRA = {"PMI_RANK": "3", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
 SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_NTASKS_PER_NODE": "2"}
 
@@ -25,16 +29,28 @@ def test_every_launcher_gives_torchrun_names(launched):
 
 
 def test_the_innermost_launcher_counts():
-    assert torchrun_environment(SLURM | {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2",
-                                         "OMPI_COMM_WORLD_LOCAL_RANK": "0", "MASTER_ADDR": "a"}) == {
-        "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "29500"}  # fmt: skip
+    assert torchrun_environment(
+        SLURM
+        | {
+            "OMPI_COMM_WORLD_RANK": "0",
+            "OMPI_COMM_WORLD_SIZE": "2",
+            "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+            "MASTER_ADDR": "a",
+        }
+    ) == {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "29500"}
     # srun --mpi=pmi2 sets two of Hydra's three names
     assert torchrun_environment(SLURM | {"PMI_RANK": "9", "PMI_SIZE": "9", "MASTER_ADDR": "a"})["RANK"] == "3"
 
 
 def test_address_where_none_is_given():
-    assert torchrun_environment({}) == {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
-                                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # fmt: skip
+    assert torchrun_environment({}) == {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29500",
+    }
     assert torchrun_environment(HYDRA | {"MPI_LOCALNRANKS": "8"})["MASTER_ADDR"] == "127.0.0.1"
     assert torchrun_environment(SLURM | {"SLURM_JOB_NODELIST": "gpu[07-09],cpu1"})["MASTER_ADDR"] == "gpu07"
     with pytest.raises(ValueError, match=r"fastmoe\.launch: MASTER_ADDR must be .* mpirun"):

@@ -66,8 +66,11 @@ def results(layer, forward, x_TD, dy_TD):
     y_TD = forward(x_TD)
     y_TD.backward(dy_TD)
     zero = torch.zeros(())
-    return {"y": y_TD.detach(), "dx": x_TD.grad if x_TD.grad is not None else zero,
-            **{name: zero if p.grad is None else p.grad.clone() for name, p in layer.named_parameters()}}  # fmt: skip
+    return {
+        "y": y_TD.detach(),
+        "dx": x_TD.grad if x_TD.grad is not None else zero,
+        **{name: zero if p.grad is None else p.grad.clone() for name, p in layer.named_parameters()},
+    }
 
 
 def same(layer, T=13, tolerance=1e-5, forward=oracle):
@@ -95,10 +98,16 @@ def test_every_gate_equals_the_loop(gate, K):
 
 
 @pytest.mark.parametrize("D, F", [(16, 32), (5, 7)])
-@pytest.mark.parametrize("idx", [
-    torch.full((6, 2), 3), torch.tensor([[0, 3]] * 6), torch.full((6, 2), -1),
-    torch.tensor([[0, -1], [-1, 2], [3, 3], [-1, -1], [2, 0], [1, 1]]),
-], ids=["one", "empty", "dropped", "mixed"])  # fmt: skip
+@pytest.mark.parametrize(
+    "idx",
+    [
+        torch.full((6, 2), 3),
+        torch.tensor([[0, 3]] * 6),
+        torch.full((6, 2), -1),
+        torch.tensor([[0, -1], [-1, 2], [3, 3], [-1, -1], [2, 0], [1, 1]]),
+    ],
+    ids=["one", "empty", "dropped", "mixed"],
+)
 def test_skewed_and_dropped_routes(idx, D, F):
     got = same(mlp(4, D=D, F=F, gate=Fixed(idx)), T=6)
     for e in range(4):
@@ -170,12 +179,13 @@ def test_state_dict_keys_and_communication_tags():
     layer = mlp(2, D=8, F=12, expert_dp_comm="dp")
     shapes = {key: tuple(value.shape) for key, value in layer.state_dict().items()}
     assert shapes == {
-        "gate.gate.weight": (2, 8), "gate.gate.bias": (2,),
+        "gate.gate.weight": (2, 8),
+        "gate.gate.bias": (2,),
         **{f"experts.{e}.htoh4.weight": (1, 12, 8) for e in range(2)},
         **{f"experts.{e}.htoh4.bias": (1, 12) for e in range(2)},
         **{f"experts.{e}.h4toh.weight": (1, 8, 12) for e in range(2)},
         **{f"experts.{e}.h4toh.bias": (1, 8) for e in range(2)},
-    }  # fmt: skip
+    }
     assert {p.dp_comm for p in layer.experts.parameters()} == {"dp"} and layer.gate.gate.weight.dp_comm == "gate"
     other = mlp(2, D=8, F=12)
     other.load_state_dict(layer.state_dict())
@@ -199,8 +209,10 @@ class Custom(nn.Module):
 
 def custom_oracle(layer, x_TD):
     idx_TK, score_TK = layer.gate(x_TD)
-    rows = [sum([w * layer.experts[e].linear(x_D).tanh() for e, w in zip(ids, ws) if e >= 0], 0 * x_D)
-            for x_D, ids, ws in zip(x_TD, idx_TK.tolist(), score_TK)]  # fmt: skip
+    rows = [
+        sum([w * layer.experts[e].linear(x_D).tanh() for e, w in zip(ids, ws) if e >= 0], 0 * x_D)
+        for x_D, ids, ws in zip(x_TD, idx_TK.tolist(), score_TK)
+    ]
     return torch.stack(rows)
 
 

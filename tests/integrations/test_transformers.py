@@ -17,21 +17,46 @@ from transformers.integrations.moe import use_experts_implementation
 from fastmoe.integrations import disable, enable
 from fastmoe.integrations.transformers import experts_forward, refusal, register
 
-SIZES = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-             max_position_embeddings=64)  # fmt: skip
+SIZES = dict(
+    vocab_size=64,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+)
 CONFIGS = {
     "mixtral": lambda: MixtralConfig(
-        **SIZES, intermediate_size=48, num_local_experts=4, num_experts_per_tok=2, output_router_logits=True),
+        **SIZES, intermediate_size=48, num_local_experts=4, num_experts_per_tok=2, output_router_logits=True
+    ),
     "qwen3_moe": lambda: Qwen3MoeConfig(
-        **SIZES, intermediate_size=64, moe_intermediate_size=24, num_experts=8, num_experts_per_tok=3, head_dim=8,
-        output_router_logits=True),
+        **SIZES,
+        intermediate_size=64,
+        moe_intermediate_size=24,
+        num_experts=8,
+        num_experts_per_tok=3,
+        head_dim=8,
+        output_router_logits=True,
+    ),
     "olmoe": lambda: OlmoeConfig(
-        **SIZES, intermediate_size=24, num_experts=8, num_experts_per_tok=3, eos_token_id=1, output_router_logits=True),
+        **SIZES, intermediate_size=24, num_experts=8, num_experts_per_tok=3, eos_token_id=1, output_router_logits=True
+    ),
     "deepseek_v3": lambda: DeepseekV3Config(
-        **{**SIZES, "num_key_value_heads": 4}, intermediate_size=48, moe_intermediate_size=24, n_routed_experts=8,
-        num_experts_per_tok=3, n_group=2, topk_group=1, first_k_dense_replace=1, q_lora_rank=16, kv_lora_rank=16,
-        qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8),
-}  # fmt: skip
+        **{**SIZES, "num_key_value_heads": 4},
+        intermediate_size=48,
+        moe_intermediate_size=24,
+        n_routed_experts=8,
+        num_experts_per_tok=3,
+        n_group=2,
+        topk_group=1,
+        first_k_dense_replace=1,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=8,
+    ),
+}
 
 
 def build(name, implementation="eager"):
@@ -48,8 +73,11 @@ def step(model, ids_BS):
     model.zero_grad()
     out = model(ids_BS, labels=ids_BS)
     out.loss.backward()
-    return {"logits": out.logits.detach(), "loss": out.loss.detach(),
-            **{name: parameter.grad.clone() for name, parameter in model.named_parameters()}}  # fmt: skip
+    return {
+        "logits": out.logits.detach(),
+        "loss": out.loss.detach(),
+        **{name: parameter.grad.clone() for name, parameter in model.named_parameters()},
+    }
 
 
 def close(ours, theirs, tolerance=1e-5):
@@ -140,8 +168,9 @@ def test_enable_twice_and_disable_restores_the_first_choice():
 
 
 def test_gpt_oss_is_refused_and_left_alone():
-    config = GptOssConfig(**SIZES, intermediate_size=32, num_local_experts=4, num_experts_per_tok=2, head_dim=8,
-                          eos_token_id=1)  # fmt: skip
+    config = GptOssConfig(
+        **SIZES, intermediate_size=32, num_local_experts=4, num_experts_per_tok=2, head_dim=8, eos_token_id=1
+    )
     model = AutoModelForCausalLM.from_config(config, experts_implementation="eager")
     with pytest.raises(NotImplementedError, match=r"layers.0.mlp.experts \(GptOssExperts\): is_concatenated must"):
         enable(model)
@@ -152,8 +181,16 @@ def test_gpt_oss_is_refused_and_left_alone():
         model(torch.tensor([[1, 2]]))
 
 
-@pytest.mark.parametrize("flag, value", [("is_transposed", True), ("is_concatenated", False), ("has_bias", True),
-                                         ("has_gate", False), ("has_post_expert_norm", True)])  # fmt: skip
+@pytest.mark.parametrize(
+    "flag, value",
+    [
+        ("is_transposed", True),
+        ("is_concatenated", False),
+        ("has_bias", True),
+        ("has_gate", False),
+        ("has_post_expert_norm", True),
+    ],
+)
 def test_each_flag_is_refused(flag, value):
     experts = Plain(config_of())
     assert refusal(experts) is None
@@ -202,7 +239,8 @@ def test_slots_of_other_ranks_add_nothing():
         y_TD = experts(x_TD, ids_TK, weights_TK)
         out["y"] = y_TD.detach()
         out["dx"], out["dw"], out["dgate_up"], out["ddown"] = torch.autograd.grad(
-            y_TD, (x_TD, weights_TK, experts.gate_up_proj, experts.down_proj), dy_TD)  # fmt: skip
+            y_TD, (x_TD, weights_TK, experts.gate_up_proj, experts.down_proj), dy_TD
+        )
     close(got, want)
     assert (got["y"][2] == 0).all() and (got["dw"][ids_TK == 4] == 0).all()
 

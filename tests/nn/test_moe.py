@@ -44,9 +44,14 @@ def oracle(moe, x_TD, capacity=None):
 
 
 OPTIONS = [
-    {}, {"num_shared_experts": 2}, {"capacity_factor": 0.7}, {"capacity_factor": 4.0}, {"score": "sigmoid"},
-    {"renormalize": False}, {"capacity_factor": 0.5, "num_shared_experts": 1, "score": "sigmoid", "renormalize": False},
-]  # fmt: skip
+    {},
+    {"num_shared_experts": 2},
+    {"capacity_factor": 0.7},
+    {"capacity_factor": 4.0},
+    {"score": "sigmoid"},
+    {"renormalize": False},
+    {"capacity_factor": 0.5, "num_shared_experts": 1, "score": "sigmoid", "renormalize": False},
+]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -137,14 +142,19 @@ def test_experts_sort_for_themselves():
     )
 
 
-@pytest.mark.parametrize(("message", "changes"), [
-    ("d_model must be at least 1, got 0", {"d_model": 0}), ("d_ff must be at least 1", {"d_ff": 0}),
-    ("num_experts must be at least 1", {"num_experts": 0}), ("top_k must be at least 1", {"top_k": 0}),
-    ("top_k must be in 1..4 (num_experts), got 5", {"top_k": 5}),
-    ("capacity_factor must be None or positive, got 0", {"capacity_factor": 0}),
-    ("num_shared_experts must be at least 0, got -1", {"num_shared_experts": -1}),
-    ("score must be 'softmax' or 'sigmoid', got 'relu'", {"score": "relu"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("message", "changes"),
+    [
+        ("d_model must be at least 1, got 0", {"d_model": 0}),
+        ("d_ff must be at least 1", {"d_ff": 0}),
+        ("num_experts must be at least 1", {"num_experts": 0}),
+        ("top_k must be at least 1", {"top_k": 0}),
+        ("top_k must be in 1..4 (num_experts), got 5", {"top_k": 5}),
+        ("capacity_factor must be None or positive, got 0", {"capacity_factor": 0}),
+        ("num_shared_experts must be at least 0, got -1", {"num_shared_experts": -1}),
+        ("score must be 'softmax' or 'sigmoid', got 'relu'", {"score": "relu"}),
+    ],
+)
 def test_bad_settings(message, changes):
     settings = dict(d_model=8, d_ff=8, num_experts=4, top_k=2) | changes
     with pytest.raises(ValueError, match=re.escape("fastmoe.MoE: " + message)):

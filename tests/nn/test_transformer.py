@@ -22,10 +22,14 @@ SMALL = ModelConfig(
     init_std=0.2,
 )
 VARIANTS = {
-    "plain": SMALL, "grouped_heads": replace(SMALL, num_kv_heads=2), "shared": replace(SMALL, num_shared_experts=1),
-    "capacity": replace(SMALL, capacity_factor=0.8), "all_dense": replace(SMALL, num_dense_layers=3),
-    "tied": replace(SMALL, tie_embeddings=True), "sigmoid": replace(SMALL, router_score="sigmoid", num_dense_layers=0),
-}  # fmt: skip
+    "plain": SMALL,
+    "grouped_heads": replace(SMALL, num_kv_heads=2),
+    "shared": replace(SMALL, num_shared_experts=1),
+    "capacity": replace(SMALL, capacity_factor=0.8),
+    "all_dense": replace(SMALL, num_dense_layers=3),
+    "tied": replace(SMALL, tie_embeddings=True),
+    "sigmoid": replace(SMALL, router_score="sigmoid", num_dense_layers=0),
+}
 
 
 def make(config, seed=0):

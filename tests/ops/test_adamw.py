@@ -27,8 +27,10 @@ def state(dtype, sizes):
 def step(tensors, count, **options):
     """adamw_step on copies; returns the new params, exp_avgs and exp_avg_sqs."""
     lists = {name: [tensors[f"{name}{i}"] for i in range(count)] for name in LISTS}
-    lists = {name: values if name == "grads" else [v.clone(memory_format=torch.contiguous_format) for v in values]
-             for name, values in lists.items()}  # fmt: skip
+    lists = {
+        name: values if name == "grads" else [v.clone(memory_format=torch.contiguous_format) for v in values]
+        for name, values in lists.items()
+    }
     settings = dict(step=3, lr=1e-2, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1) | options
     ops.adamw_step(*lists.values(), **settings)
     return [*lists["params"], *lists["exp_avgs"], *lists["exp_avg_sqs"]]
@@ -36,8 +38,9 @@ def step(tensors, count, **options):
 
 def adamw_case(name, sizes, thorough=False, parallel=False, **options):
     frozen = tuple(f"{kind}{i}" for kind in LISTS for i in range(len(sizes)))
-    return Case(name, lambda x: step(x, len(sizes), **options), lambda dtype: state(dtype, sizes), frozen, thorough,
-                parallel)  # fmt: skip
+    return Case(
+        name, lambda x: step(x, len(sizes), **options), lambda dtype: state(dtype, sizes), frozen, thorough, parallel
+    )
 
 
 class TestAdamW(Battery):
@@ -110,18 +113,24 @@ class TestAdamW(Battery):
             torch.library.opcheck(torch.ops.fastmoe.adamw_step.default, (*lists, 3, 1e-2, 0.9, 0.95, 1e-8, 0.1, 1.0))
 
 
-@pytest.mark.parametrize(("error", "message", "changes"), [
-    *[(ValueError, f"{name} must be a list of 1 tensors like params, got {n}", {name: [draw(5)] * n})
-      for name in LISTS[1:] for n in (0, 2)],
-    (ValueError, "grads[0] must be of shape [5]", {"grads": [draw(6)]}),
-    (ValueError, "exp_avgs[0] must be of shape [5]", {"exp_avgs": [draw(6)]}),
-    (ValueError, "exp_avg_sqs[0] must be on cpu, got meta", {"exp_avg_sqs": [draw(5).to("meta")]}),
-    (TypeError, "grads[0] must be float32, got torch.bfloat16", {"grads": [draw(5).bfloat16()]}),
-    (TypeError, "exp_avgs[0] must be float32, got torch.float64", {"exp_avgs": [draw(5).double()]}),
-    (TypeError, "params[0] must be", {"params": [torch.ones(5, dtype=torch.int64)]}),
-    (ValueError, "params[0] must be contiguous", {"params": [draw(10)[::2]]}),
-    (ValueError, "step must be at least 1, got 0", {"step": 0}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("error", "message", "changes"),
+    [
+        *[
+            (ValueError, f"{name} must be a list of 1 tensors like params, got {n}", {name: [draw(5)] * n})
+            for name in LISTS[1:]
+            for n in (0, 2)
+        ],
+        (ValueError, "grads[0] must be of shape [5]", {"grads": [draw(6)]}),
+        (ValueError, "exp_avgs[0] must be of shape [5]", {"exp_avgs": [draw(6)]}),
+        (ValueError, "exp_avg_sqs[0] must be on cpu, got meta", {"exp_avg_sqs": [draw(5).to("meta")]}),
+        (TypeError, "grads[0] must be float32, got torch.bfloat16", {"grads": [draw(5).bfloat16()]}),
+        (TypeError, "exp_avgs[0] must be float32, got torch.float64", {"exp_avgs": [draw(5).double()]}),
+        (TypeError, "params[0] must be", {"params": [torch.ones(5, dtype=torch.int64)]}),
+        (ValueError, "params[0] must be contiguous", {"params": [draw(10)[::2]]}),
+        (ValueError, "step must be at least 1, got 0", {"step": 0}),
+    ],
+)
 def test_bad_input(error, message, changes):
     lists = {name: [draw(5)] for name in LISTS} | {"step": 1} | changes
     with pytest.raises(error, match=re.escape("fastmoe.adamw_step: " + message)):

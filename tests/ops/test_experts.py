@@ -15,16 +15,23 @@ FLOATS = ("x_TD", "topk_weights_TK", "gate_up_proj", "down_proj")
 def draw_inputs(shape, dtype=torch.float32, routing="random", weights="float32", index=torch.int64):
     T, D, F, E, K, _ = shape
     weight_dtype = torch.float32 if weights == "float32" and dtype != torch.float64 else dtype
-    return {"x_TD": draw(T, D, dtype=dtype), "topk_ids_TK": draw_ids(shape, routing).to(index),
-            "topk_weights_TK": torch.softmax(draw(T, K, seed=1), 1).to(weight_dtype),
-            "gate_up_proj": draw(E, 2 * F, D, dtype=dtype, scale=D**-0.5, seed=2),
-            "down_proj": draw(E, D, F, dtype=dtype, scale=F**-0.5, seed=3)}  # fmt: skip
+    return {
+        "x_TD": draw(T, D, dtype=dtype),
+        "topk_ids_TK": draw_ids(shape, routing).to(index),
+        "topk_weights_TK": torch.softmax(draw(T, K, seed=1), 1).to(weight_dtype),
+        "gate_up_proj": draw(E, 2 * F, D, dtype=dtype, scale=D**-0.5, seed=2),
+        "down_proj": draw(E, D, F, dtype=dtype, scale=F**-0.5, seed=3),
+    }
 
 
 def moe_case(size, routing="random", weights="float32", index=torch.int64, thorough=False, parallel=False):
-    return Case(f"{size}-{routing}-{weights}-{str(index)[6:]}", lambda x: ops.moe_mlp(*(x[name] for name in NAMES)),
-                lambda dtype: draw_inputs(SHAPES[size], dtype, routing, weights, index), thorough=thorough,
-                parallel=parallel)  # fmt: skip
+    return Case(
+        f"{size}-{routing}-{weights}-{str(index)[6:]}",
+        lambda x: ops.moe_mlp(*(x[name] for name in NAMES)),
+        lambda dtype: draw_inputs(SHAPES[size], dtype, routing, weights, index),
+        thorough=thorough,
+        parallel=parallel,
+    )
 
 
 def with_given_routing(size, capacity, thorough=False):
@@ -79,12 +86,16 @@ class TestExperts(Battery):
     cases = [
         *(moe_case(size) for size in SHAPES),
         *(moe_case("odd", routing, thorough=routing == "dropped") for routing in ROUTINGS[1:]),
-        moe_case("tiny", "all_to_one"), moe_case("tiny", "dropped", "same", parallel=True),
+        moe_case("tiny", "all_to_one"),
+        moe_case("tiny", "dropped", "same", parallel=True),
         moe_case("fine", "empty_expert", index=torch.int32, parallel=True),
         moe_case("every_expert", weights="same", index=torch.int32, thorough=True),
-        with_given_routing("odd", 0), with_given_routing("odd", 4, thorough=True), with_given_routing("fine", None),
-        from_experts_case("odd"), from_experts_case("tiny"),
-    ]  # fmt: skip
+        with_given_routing("odd", 0),
+        with_given_routing("odd", 4, thorough=True),
+        with_given_routing("fine", None),
+        from_experts_case("odd"),
+        from_experts_case("tiny"),
+    ]
 
     @pytest.mark.parametrize("routing", ROUTINGS)
     def test_matches_a_loop_over_tokens(self, backend, routing):

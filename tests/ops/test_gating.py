@@ -11,9 +11,13 @@ from tests.ops.battery import Battery, Case
 
 def gate_case(size, score="softmax", renormalize=True, thorough=False, parallel=False):
     T, _, _, E, K, _ = SHAPES[size]
-    return Case(f"{size}-{score}-{renormalize}", lambda x: ops.topk_gate(x["logits_TE"], K, score, renormalize),
-                lambda dtype: {"logits_TE": draw(T, E, dtype=dtype, scale=3)}, thorough=thorough,
-                parallel=parallel)  # fmt: skip
+    return Case(
+        f"{size}-{score}-{renormalize}",
+        lambda x: ops.topk_gate(x["logits_TE"], K, score, renormalize),
+        lambda dtype: {"logits_TE": draw(T, E, dtype=dtype, scale=3)},
+        thorough=thorough,
+        parallel=parallel,
+    )
 
 
 class TestGating(Battery):
@@ -110,15 +114,18 @@ class TestGating(Battery):
         assert all(torch.equal(a, b) for a, b in zip(got, want))
 
 
-@pytest.mark.parametrize(("error", "message", "arguments"), [
-    (ValueError, "k must be in 1..5", (draw(4, 5), 0)),
-    (ValueError, "k must be in 1..5", (draw(4, 5), 6)),
-    (ValueError, "num_experts must be at least 1", (draw(4, 0), 1)),
-    (ValueError, "logits_TE must be of shape", (draw(4), 1)),
-    (TypeError, "logits_TE must be float32", (torch.zeros(4, 5, dtype=torch.int64), 1)),
-    (TypeError, "logits_TE must be a torch.Tensor", ([[1.0]], 1)),
-    (ValueError, "score must be 'softmax' or 'sigmoid', got 'relu'", (draw(4, 5), 1, "relu")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [
+        (ValueError, "k must be in 1..5", (draw(4, 5), 0)),
+        (ValueError, "k must be in 1..5", (draw(4, 5), 6)),
+        (ValueError, "num_experts must be at least 1", (draw(4, 0), 1)),
+        (ValueError, "logits_TE must be of shape", (draw(4), 1)),
+        (TypeError, "logits_TE must be float32", (torch.zeros(4, 5, dtype=torch.int64), 1)),
+        (TypeError, "logits_TE must be a torch.Tensor", ([[1.0]], 1)),
+        (ValueError, "score must be 'softmax' or 'sigmoid', got 'relu'", (draw(4, 5), 1, "relu")),
+    ],
+)
 def test_bad_input(error, message, arguments):
     with pytest.raises(error, match=re.escape("fastmoe.topk_gate: " + message)):
         ops.topk_gate(*arguments)

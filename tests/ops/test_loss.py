@@ -35,10 +35,12 @@ class TestLoss(Battery):
     family = "loss"
     odd = SHAPES["odd"]
     cases = [loss_case(size, shape) for size, shape in SHAPES.items()] + [
-        loss_case("some_ignored", odd, 9, thorough=True), loss_case("all_ignored", odd, odd.T),
-        loss_case("sum", odd, 9, "sum", thorough=True), loss_case("int32_targets", odd, index=torch.int32),
+        loss_case("some_ignored", odd, 9, thorough=True),
+        loss_case("all_ignored", odd, odd.T),
+        loss_case("sum", odd, 9, "sum", thorough=True),
+        loss_case("int32_targets", odd, index=torch.int32),
         loss_case("several_chunks", Shape(1500, 40, 1, 1, 1, 70), parallel=True),
-    ]  # fmt: skip
+    ]
 
     @pytest.mark.parametrize("reduction", ["mean", "sum"])
     def test_matches_torch(self, backend, reduction):
@@ -111,19 +113,26 @@ class TestLoss(Battery):
         assert dx_TD.numel() == dweight_VD.numel() == 0
 
 
-@pytest.mark.parametrize(("error", "message", "changes"), [
-    (ValueError, "x_TD must be of shape [T, D] = [any, any], got [4]", {"x_TD": draw(4)}),
-    (ValueError, "weight_VD must be of shape [V, D] = [any, 8]", {"weight_VD": draw(7, 9)}),
-    (ValueError, "targets_T must be of shape [T] = [9]", {"targets_T": torch.zeros(8, dtype=torch.int64)}),
-    (ValueError, "V must be at least 1", {"weight_VD": draw(0, 8)}),
-    (ValueError, "D must be at least 1", {"x_TD": draw(9, 0), "weight_VD": draw(7, 0)}),
-    (ValueError, "weight_VD must be on cpu, got meta", {"weight_VD": draw(7, 8).to("meta")}),
-    (ValueError, "targets_T must be on cpu, got meta", {"targets_T": torch.zeros(9, dtype=torch.int64, device="meta")}),
-    (ValueError, "reduction must be 'mean' or 'sum', got 'none'", {"reduction": "none"}),
-    (TypeError, "weight_VD must be float32, got torch.bfloat16", {"weight_VD": draw(7, 8).bfloat16()}),
-    (TypeError, "targets_T must be int32 or int64, got torch.float32", {"targets_T": draw(9)}),
-    (TypeError, "x_TD must be a torch.Tensor, got list", {"x_TD": [1.0]}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("error", "message", "changes"),
+    [
+        (ValueError, "x_TD must be of shape [T, D] = [any, any], got [4]", {"x_TD": draw(4)}),
+        (ValueError, "weight_VD must be of shape [V, D] = [any, 8]", {"weight_VD": draw(7, 9)}),
+        (ValueError, "targets_T must be of shape [T] = [9]", {"targets_T": torch.zeros(8, dtype=torch.int64)}),
+        (ValueError, "V must be at least 1", {"weight_VD": draw(0, 8)}),
+        (ValueError, "D must be at least 1", {"x_TD": draw(9, 0), "weight_VD": draw(7, 0)}),
+        (ValueError, "weight_VD must be on cpu, got meta", {"weight_VD": draw(7, 8).to("meta")}),
+        (
+            ValueError,
+            "targets_T must be on cpu, got meta",
+            {"targets_T": torch.zeros(9, dtype=torch.int64, device="meta")},
+        ),
+        (ValueError, "reduction must be 'mean' or 'sum', got 'none'", {"reduction": "none"}),
+        (TypeError, "weight_VD must be float32, got torch.bfloat16", {"weight_VD": draw(7, 8).bfloat16()}),
+        (TypeError, "targets_T must be int32 or int64, got torch.float32", {"targets_T": draw(9)}),
+        (TypeError, "x_TD must be a torch.Tensor, got list", {"x_TD": [1.0]}),
+    ],
+)
 def test_bad_input(error, message, changes):
     arguments = {"x_TD": draw(9, 8), "weight_VD": draw(7, 8), "targets_T": torch.zeros(9, dtype=torch.int64)} | changes
     with pytest.raises(error, match=re.escape("fastmoe.linear_cross_entropy: " + message)):

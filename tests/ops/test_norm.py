@@ -15,17 +15,19 @@ def norm_case(name, shape, weight_dtype=None, thorough=False, parallel=False):
             "weight_D": 1 + draw(shape[-1], dtype=weight_dtype or dtype, seed=1),
         }
 
-    return Case(name, lambda x: ops.rms_norm(x["x"], x["weight_D"], 1e-5), make, thorough=thorough,
-                parallel=parallel)  # fmt: skip
+    return Case(name, lambda x: ops.rms_norm(x["x"], x["weight_D"], 1e-5), make, thorough=thorough, parallel=parallel)
 
 
 class TestNorm(Battery):
     family = "norm"
     cases = [norm_case(size, (s.T, s.D), thorough=size == "odd") for size, s in SHAPES.items()] + [
         norm_case("float32_weight", (37, 19), torch.float32, thorough=True),
-        norm_case("vector", (48,)), norm_case("four_dimensions", (2, 3, 5, 33)), norm_case("empty_middle", (2, 0, 8)),
-        norm_case("many_rows", (20000, 5), parallel=True), norm_case("long_rows", (3, 4099)),
-    ]  # fmt: skip
+        norm_case("vector", (48,)),
+        norm_case("four_dimensions", (2, 3, 5, 33)),
+        norm_case("empty_middle", (2, 0, 8)),
+        norm_case("many_rows", (20000, 5), parallel=True),
+        norm_case("long_rows", (3, 4099)),
+    ]
 
     def test_matches_torch(self, backend):
         x, weight_D = draw(40, 33).requires_grad_(), draw(33, seed=1).requires_grad_()

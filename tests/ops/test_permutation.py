@@ -73,9 +73,13 @@ def as_routing(x):
 
 def permute_case(size, routing, thorough=False, parallel=False):
     s = SHAPES[size]
-    return Case(f"permute-{size}-{routing}", lambda x: ops.permute(x["x_TD"], as_routing(x)),
-                lambda dtype: {"x_TD": draw(s.T, s.D, dtype=dtype), **with_routing(s, routing)}, thorough=thorough,
-                parallel=parallel)  # fmt: skip
+    return Case(
+        f"permute-{size}-{routing}",
+        lambda x: ops.permute(x["x_TD"], as_routing(x)),
+        lambda dtype: {"x_TD": draw(s.T, s.D, dtype=dtype), **with_routing(s, routing)},
+        thorough=thorough,
+        parallel=parallel,
+    )
 
 
 def unpermute_case(size, routing, weights="same", capacity=None, thorough=False, parallel=False):
@@ -88,26 +92,38 @@ def unpermute_case(size, routing, weights="same", capacity=None, thorough=False,
             inputs["topk_weights_TK"] = draw(s.T, s.K, dtype=wide, seed=1)
         return inputs
 
-    return Case(f"unpermute-{size}-{routing}-{weights}-{capacity}",
-                lambda x: ops.unpermute(x["y_RD"], as_routing(x), x.get("topk_weights_TK")), make, thorough=thorough,
-                parallel=parallel)  # fmt: skip
+    return Case(
+        f"unpermute-{size}-{routing}-{weights}-{capacity}",
+        lambda x: ops.unpermute(x["y_RD"], as_routing(x), x.get("topk_weights_TK")),
+        make,
+        thorough=thorough,
+        parallel=parallel,
+    )
 
 
 class TestPermutation(Battery):
     family = "permutation"
     cases = [
         *(routing_case(size, "random", thorough=size == "odd") for size in SHAPES),
-        *(routing_case("odd", routing, index, capacity)
-          for routing in ROUTINGS for index in (torch.int32, torch.int64) for capacity in (None, 0, 5)),
+        *(
+            routing_case("odd", routing, index, capacity)
+            for routing in ROUTINGS
+            for index in (torch.int32, torch.int64)
+            for capacity in (None, 0, 5)
+        ),
         routing_case("tiny", "dropped", capacity=20, thorough=True),
         *(from_experts_case(size, thorough=size == "odd") for size in SHAPES),
         *(permute_case(size, "random") for size in SHAPES),
         *(permute_case("odd", routing, thorough=routing == "dropped") for routing in ROUTINGS),
         *(unpermute_case(size, "random", "float32") for size in SHAPES),
-        *(unpermute_case("odd", routing, weights, thorough=routing == "dropped")
-          for routing in ROUTINGS for weights in ("same", "float32", None)),
-        unpermute_case("tiny", "all_to_one", capacity=7, parallel=True), permute_case("tiny", "dropped", parallel=True),
-    ]  # fmt: skip
+        *(
+            unpermute_case("odd", routing, weights, thorough=routing == "dropped")
+            for routing in ROUTINGS
+            for weights in ("same", "float32", None)
+        ),
+        unpermute_case("tiny", "all_to_one", capacity=7, parallel=True),
+        permute_case("tiny", "dropped", parallel=True),
+    ]
 
     @pytest.mark.parametrize("routing", ROUTINGS)
     @pytest.mark.parametrize("capacity", [None, 0, 1, 6])
@@ -122,7 +138,10 @@ class TestPermutation(Battery):
         with self.on(backend):
             src_row_R, dst_row_TK, offsets = ops.build_routing(torch.tensor([[1, 0], [0, -1], [1, 1]]), 2)
             assert (src_row_R.tolist(), dst_row_TK.tolist(), offsets.tolist()) == (
-                [1, 2, 0, 4, 5, -1], [[2, 0], [1, -1], [3, 4]], [0, 2, 5])  # fmt: skip
+                [1, 2, 0, 4, 5, -1],
+                [[2, 0], [1, -1], [3, 4]],
+                [0, 2, 5],
+            )
             src_row_R, dst_row_TK, _ = ops.build_routing_from_experts(
                 torch.tensor([0, 2, 1, 2]), torch.tensor([0, 2, 4]), 3
             )

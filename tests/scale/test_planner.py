@@ -59,13 +59,17 @@ def test_activations_and_a_config():
     assert full.device["activations"] == 4 * 2 * 4096 * 128
 
 
-@pytest.mark.parametrize("options, message", [
-    (dict(pp=3), r"pp \* tp must divide devices = 512, got 3 \* 1"),
-    (dict(ep=3), "ep must divide dp = 512 and the 10240 experts, got 3"),
-    (dict(tp=0), "tp must be at least 1, got 0"),
-    (dict(regime="tiny"), "regime must be one of"),
-    (dict(pp=64), "pp must be at most the 48 layers, got 64"),
-    (dict(pp=2, shared_layers=True), "pp must be 1")])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(pp=3), r"pp \* tp must divide devices = 512, got 3 \* 1"),
+        (dict(ep=3), "ep must divide dp = 512 and the 10240 experts, got 3"),
+        (dict(tp=0), "tp must be at least 1, got 0"),
+        (dict(regime="tiny"), "regime must be one of"),
+        (dict(pp=64), "pp must be at most the 48 layers, got 64"),
+        (dict(pp=2, shared_layers=True), "pp must be 1"),
+    ],
+)
 def test_what_does_not_divide_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         plan("m6-10t", V100S, **options)

@@ -5,31 +5,89 @@ from fastmoe.nn import Transformer
 from fastmoe.scale import PRESETS, from_config, preset
 
 EXPERT_PARAMS = {
-    "fmoe-bench": 536870912, "shazeer-137b": 137438953472, "gshard-600b": 618475290624, "switch-base-128": 7247757312,
-    "switch-c": 1570347417600, "switch-xxl-128": 386547056640, "st-moe-32b": 241591910400, "ec-8b-64e": 137438953472,
-    "demix-s": 452984832, "demix-m": 1610612736, "demix-l": 3623878656, "demix-xl": 6442450944, "m6t-base": 1342177280,
-    "m6t-10b": 10737418240, "m6t-100b": 103079215104, "m6t-1t": 1002606428160, "m6-10t": 10050223472640,
-    "megablocks-760m": 28991029248, "mixtral-8x7b": 45097156608, "olmoe": 6442450944, "qwen3-30b-a3b": 28991029248,
-    "qwen3-235b-a22b": 227096395776, "dsv2-lite": 14844690432, "dsv2": 225501511680, "dsv3": 656463101952,
-}  # fmt: skip
+    "fmoe-bench": 536870912,
+    "shazeer-137b": 137438953472,
+    "gshard-600b": 618475290624,
+    "switch-base-128": 7247757312,
+    "switch-c": 1570347417600,
+    "switch-xxl-128": 386547056640,
+    "st-moe-32b": 241591910400,
+    "ec-8b-64e": 137438953472,
+    "demix-s": 452984832,
+    "demix-m": 1610612736,
+    "demix-l": 3623878656,
+    "demix-xl": 6442450944,
+    "m6t-base": 1342177280,
+    "m6t-10b": 10737418240,
+    "m6t-100b": 103079215104,
+    "m6t-1t": 1002606428160,
+    "m6-10t": 10050223472640,
+    "megablocks-760m": 28991029248,
+    "mixtral-8x7b": 45097156608,
+    "olmoe": 6442450944,
+    "qwen3-30b-a3b": 28991029248,
+    "qwen3-235b-a22b": 227096395776,
+    "dsv2-lite": 14844690432,
+    "dsv2": 225501511680,
+    "dsv3": 656463101952,
+}
 TOTALS = {  # as printed, so right to half of the last digit
-    "switch-base-128": "7.415", "switch-c": "1571.3", "switch-xxl-128": "394.7", "st-moe-32b": "269.7",
+    "switch-base-128": "7.415",
+    "switch-c": "1571.3",
+    "switch-xxl-128": "394.7",
+    "st-moe-32b": "269.7",
     "ec-8b-64e": "142.8",
-    "demix-s": "0.520", "demix-m": "1.763", "demix-l": "3.928", "demix-xl": "6.948", "mixtral-8x7b": "46.703",
-    "olmoe": "6.919", "qwen3-30b-a3b": "30.532", "qwen3-235b-a22b": "235.093", "dsv2-lite": "15.706", "dsv2": "235.741",
+    "demix-s": "0.520",
+    "demix-m": "1.763",
+    "demix-l": "3.928",
+    "demix-xl": "6.948",
+    "mixtral-8x7b": "46.703",
+    "olmoe": "6.919",
+    "qwen3-30b-a3b": "30.532",
+    "qwen3-235b-a22b": "235.093",
+    "dsv2-lite": "15.706",
+    "dsv2": "235.741",
     "dsv3": "671.025",
-}  # fmt: skip
-DENSE = {"glm-10b": 9663676416, "cogview-4b": 3774873600, "pangu-2.6b": 2516582400, "pangu-13b": 12582912000,
-         "pangu-200b": 206158430208, "gpt3-175b": 173946175488, "mtnlg-530b": 528482304000}  # fmt: skip
+}
+DENSE = {
+    "glm-10b": 9663676416,
+    "cogview-4b": 3774873600,
+    "pangu-2.6b": 2516582400,
+    "pangu-13b": 12582912000,
+    "pangu-200b": 206158430208,
+    "gpt3-175b": 173946175488,
+    "mtnlg-530b": 528482304000,
+}
 PUBLISHED = {  # 1e9 parameters
-    "shazeer-137b": 137, "switch-base-128": 7.4, "switch-c": 1571, "switch-xxl-128": 395, "st-moe-32b": 269,
+    "shazeer-137b": 137,
+    "switch-base-128": 7.4,
+    "switch-c": 1571,
+    "switch-xxl-128": 395,
+    "st-moe-32b": 269,
     "ec-8b-64e": 143,
-    "demix-s": 0.52, "demix-m": 1.76, "demix-l": 3.93, "demix-xl": 6.95, "m6t-1t": 1000, "m6-10t": 10000,
-    "mixtral-8x7b": 46.7, "olmoe": 6.9, "qwen3-30b-a3b": 30.5, "qwen3-235b-a22b": 235, "dsv2-lite": 15.7, "dsv2": 236,
+    "demix-s": 0.52,
+    "demix-m": 1.76,
+    "demix-l": 3.93,
+    "demix-xl": 6.95,
+    "m6t-1t": 1000,
+    "m6-10t": 10000,
+    "mixtral-8x7b": 46.7,
+    "olmoe": 6.9,
+    "qwen3-30b-a3b": 30.5,
+    "qwen3-235b-a22b": 235,
+    "dsv2-lite": 15.7,
+    "dsv2": 236,
     "dsv3": 671,
-}  # fmt: skip
-ACTIVE = {"mixtral-8x7b": 12.9, "olmoe": 1.3, "qwen3-30b-a3b": 3.3, "qwen3-235b-a22b": 22, "dsv2": 21, "dsv3": 37,
-          "m6-10t": 78.5}  # fmt: skip
+}
+ACTIVE = {
+    "mixtral-8x7b": 12.9,
+    "olmoe": 1.3,
+    "qwen3-30b-a3b": 3.3,
+    "qwen3-235b-a22b": 22,
+    "dsv2": 21,
+    "dsv3": 37,
+    "m6-10t": 78.5,
+}
 
 
 def test_every_row_is_here():
@@ -69,8 +127,9 @@ def test_only_what_the_authors_state_is_published():
     assert {row.name for row in PRESETS.values() if row.published} == PUBLISHED.keys()
 
 
-@pytest.mark.parametrize("options", [
-    {}, dict(tie_embeddings=True, num_shared_experts=2, num_kv_heads=2, num_dense_layers=1)])  # fmt: skip
+@pytest.mark.parametrize(
+    "options", [{}, dict(tie_embeddings=True, num_shared_experts=2, num_kv_heads=2, num_dense_layers=1)]
+)
 def test_a_config_counts_what_the_model_holds(options):
     config = ModelConfig(d_model=32, num_layers=3, num_experts=4, d_ff=24, d_ff_dense=40, **options)
     held = sum(parameter.numel() for parameter in Transformer(config).parameters())

@@ -5,10 +5,21 @@ from fastmoe.scale.ruler import REGIMES, activation_bytes, max_params, moe_activ
 GB = 1e9
 
 
-@pytest.mark.parametrize("name, device, host", [
-    ("fp32", 16, 0), ("mixed", 16, 0), ("mixed-accumulate", 18, 0), ("mixed-half-moments", 12, 0),
-    ("zero1", 16, 0), ("zero2", 16, 0), ("zero3", 16, 0),
-    ("host-states", 4, 12), ("zero-offload", 2, 14), ("zero-infinity", 0, 20)])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, device, host",
+    [
+        ("fp32", 16, 0),
+        ("mixed", 16, 0),
+        ("mixed-accumulate", 18, 0),
+        ("mixed-half-moments", 12, 0),
+        ("zero1", 16, 0),
+        ("zero2", 16, 0),
+        ("zero3", 16, 0),
+        ("host-states", 4, 12),
+        ("zero-offload", 2, 14),
+        ("zero-infinity", 0, 20),
+    ],
+)
 def test_bytes_per_parameter(name, device, host):
     assert (regime(name).device_bytes(), regime(name).host_bytes()) == (device, host)
 
@@ -19,8 +30,9 @@ def test_adafactor_keeps_a_row_and_a_column():
         regime("adafactor").device_bytes()
 
 
-@pytest.mark.parametrize("name, golden, traffic", [
-    ("mixed", 120, 2), ("zero1", 31.4, 2), ("zero2", 16.6, 2), ("zero3", 1.9, 3)])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, golden, traffic", [("mixed", 120, 2), ("zero1", 31.4, 2), ("zero2", 16.6, 2), ("zero3", 1.9, 3)]
+)
 def test_zero_paper_7_5b_on_64(name, golden, traffic):
     assert round(7.5e9 * regime(name).device_bytes(64) / GB, 1) == golden
     assert regime(name).traffic == traffic
@@ -34,8 +46,10 @@ def test_sharding_saves_nothing_on_experts_when_ep_is_dp():
         moe_rank_bytes(1, 1, zero, dp=64, ep=5)
 
 
-@pytest.mark.parametrize("golden, device, host, pooled", [
-    (9.31e9, 16, 0, False), (11.42e9, 4, 12, False), (17.88e9, 16, 0, True), (35.75e9, 8, 0, True)])  # fmt: skip
+@pytest.mark.parametrize(
+    "golden, device, host, pooled",
+    [(9.31e9, 16, 0, False), (11.42e9, 4, 12, False), (17.88e9, 16, 0, True), (35.75e9, 8, 0, True)],
+)
 def test_largest_model_on_149_gb_and_137_gb(golden, device, host, pooled):
     assert max_params(149 * GB, 137 * GB, device, host, pooled) == pytest.approx(golden, abs=0.005e9)
 

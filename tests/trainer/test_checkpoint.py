@@ -103,7 +103,11 @@ def test_a_damaged_one_is_set_aside_not_overwritten(three):
     flip(three / "step-00000010" / "state.json")
     checkpoint.save(three, 10, *trained(), {}, keep=2)
     assert sorted(path.name for path in three.iterdir()) == [
-        "damaged-step-00000010", "damaged-step-00000010.1", "step-00000002", "step-00000010"]  # fmt: skip
+        "damaged-step-00000010",
+        "damaged-step-00000010.1",
+        "step-00000002",
+        "step-00000010",
+    ]
 
 
 def test_an_interrupted_save_is_invisible_and_cleaned(three):

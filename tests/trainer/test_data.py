@@ -58,9 +58,15 @@ def test_a_tokenizer_file(tmp_path, texts):
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer.train([str(path) for path in texts.iterdir()], trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False))  # fmt: skip
+    tokenizer.train(
+        [str(path) for path in texts.iterdir()],
+        trainers.BpeTrainer(
+            vocab_size=300,
+            special_tokens=["<|endoftext|>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
     tokenizer.save(str(tmp_path / "tok.json"))
     meta = data.prepare([texts], tmp_path / "tok.json", tmp_path / "out")
     assert meta["dtype"] == "<u2" and meta["tokenizer"] == "tokenizer.json" and meta["separator"] == [0]
@@ -86,8 +92,11 @@ def test_many_shards_and_a_short_last_one(tmp_path, texts, monkeypatch):
     batches = data.Batches(tmp_path / "out", "train", 16)
     seen = torch.cat(batches.at(0, batches.num_sequences), 1)
     assert batches.num_sequences == sum((shard["tokens"] - 1) // 16 for shard in meta["splits"]["train"])
-    windows = {tuple(np.fromfile(tmp_path / "out" / shard["file"], "uint8")[i : i + 17].tolist())
-               for shard in meta["splits"]["train"] for i in range(0, shard["tokens"] - 16, 16)}  # fmt: skip
+    windows = {
+        tuple(np.fromfile(tmp_path / "out" / shard["file"], "uint8")[i : i + 17].tolist())
+        for shard in meta["splits"]["train"]
+        for i in range(0, shard["tokens"] - 16, 16)
+    }
     assert {tuple([*row[:16].tolist(), row[-1].item()]) for row in seen} == windows
 
 
@@ -146,17 +155,20 @@ def spoil(folder, **changes):
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
-@pytest.mark.parametrize(("break_it", "message"), [
-    (lambda d: (d / "meta.json").unlink(), "has no meta.json"),
-    (lambda d: (d / "meta.json").write_text("{"), "cannot read"),
-    (lambda d: (d / "meta.json").write_text("[]"), "lacks or garbles"),
-    (lambda d: spoil(d, format=9), "has format 9"),
-    (lambda d: spoil(d, splits={"train": []}), "lacks or garbles 'heldout'"),
-    (lambda d: spoil(d, splits={"train": [], "heldout": []}), "has no train shards"),
-    (lambda d: (d / "train-00000.bin").unlink(), "no such file"),
-    (lambda d: os.truncate(d / "train-00000.bin", 100), "got 100 bytes"),
-    (lambda d: spoil(d, vocab_size=60), "token ids must be below 60"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda d: (d / "meta.json").unlink(), "has no meta.json"),
+        (lambda d: (d / "meta.json").write_text("{"), "cannot read"),
+        (lambda d: (d / "meta.json").write_text("[]"), "lacks or garbles"),
+        (lambda d: spoil(d, format=9), "has format 9"),
+        (lambda d: spoil(d, splits={"train": []}), "lacks or garbles 'heldout'"),
+        (lambda d: spoil(d, splits={"train": [], "heldout": []}), "has no train shards"),
+        (lambda d: (d / "train-00000.bin").unlink(), "no such file"),
+        (lambda d: os.truncate(d / "train-00000.bin", 100), "got 100 bytes"),
+        (lambda d: spoil(d, vocab_size=60), "token ids must be below 60"),
+    ],
+)
 def test_a_wrong_folder_is_refused(tmp_path, texts, break_it, message):
     data.prepare([texts], "byte", tmp_path / "d")
     break_it(tmp_path / "d")

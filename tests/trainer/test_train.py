@@ -112,10 +112,15 @@ def test_heldout_is_the_loss_over_every_predicted_byte(finished):
     assert result.heldout == pytest.approx(nats / count / math.log(2), rel=1e-5)
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"train": {"dtype": "bf16"}}, {"train": {"activation_checkpointing": True, "grad_accumulation": 2}},
-    {"model": {"tie_embeddings": True, "capacity_factor": 1.0, "num_dense_layers": 1}},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"train": {"dtype": "bf16"}},
+        {"train": {"activation_checkpointing": True, "grad_accumulation": 2}},
+        {"model": {"tie_embeddings": True, "capacity_factor": 1.0, "num_dense_layers": 1}},
+    ],
+)
 def test_resume_equals_an_uninterrupted_run_bit_for_bit(tiny, metrics_of, changes):
     config = tiny(**changes)
     whole = train(config)
@@ -211,11 +216,14 @@ def test_resume_where_nothing_is_starts_at_step_0(tiny, capsys):
     assert "no checkpoint in" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"model": {"d_model": 64}}, r"--model\.d-model must be 32 as in .*step-00000008, got 64"),
-    ({"model": {"tie_embeddings": True}}, r"--model\.tie-embeddings must be False"),
-    ({"train": {"steps": 5}}, r"--train\.steps must be at least 8"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"d_model": 64}}, r"--model\.d-model must be 32 as in .*step-00000008, got 64"),
+        ({"model": {"tie_embeddings": True}}, r"--model\.tie-embeddings must be False"),
+        ({"train": {"steps": 5}}, r"--train\.steps must be at least 8"),
+    ],
+)
 def test_resume_with_other_settings_is_refused(finished, changes, message):
     config, _ = finished
     changed = {group: replace(getattr(config, group), **values) for group, values in changes.items()}
@@ -223,19 +231,22 @@ def test_resume_with_other_settings_is_refused(finished, changes, message):
         train(replace(config, run=replace(config.run, resume=True), **changed))
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"train": {"batch_size": 5, "grad_accumulation": 2}}, r"accumulation must be a divisor .* = 5, got 2"),
-    ({"train": {"steps": 0}}, r"--train\.steps must be at least 1"),
-    ({"train": {"seq_len": 500}}, r"--train\.seq-len must be in 1\.\.256"),
-    ({"train": {"dtype": "fp8"}}, r"--train\.dtype must be fp32 or bf16"),
-    ({"train": {"device": "nope"}}, r"--train\.device must be auto or a device"),
-    ({"optim": {"lr": 0.0}}, r"--optim\.lr must be positive"),
-    ({"checkpoint": {"keep": 0}}, r"--checkpoint\.keep must be at least 1"),
-    ({"data": {"path": "/nowhere"}}, r"--data\.path must be a folder made by"),
-    ({"run": {"dir": "/proc/run"}}, r"--run\.dir must be a folder to write to"),
-    ({"model": {"num_experts": 0}}, r"num_experts must be at least 1"),
-    ({"model": {"top_k": 5}}, r"top_k must be in 1\.\.4"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": {"batch_size": 5, "grad_accumulation": 2}}, r"accumulation must be a divisor .* = 5, got 2"),
+        ({"train": {"steps": 0}}, r"--train\.steps must be at least 1"),
+        ({"train": {"seq_len": 500}}, r"--train\.seq-len must be in 1\.\.256"),
+        ({"train": {"dtype": "fp8"}}, r"--train\.dtype must be fp32 or bf16"),
+        ({"train": {"device": "nope"}}, r"--train\.device must be auto or a device"),
+        ({"optim": {"lr": 0.0}}, r"--optim\.lr must be positive"),
+        ({"checkpoint": {"keep": 0}}, r"--checkpoint\.keep must be at least 1"),
+        ({"data": {"path": "/nowhere"}}, r"--data\.path must be a folder made by"),
+        ({"run": {"dir": "/proc/run"}}, r"--run\.dir must be a folder to write to"),
+        ({"model": {"num_experts": 0}}, r"num_experts must be at least 1"),
+        ({"model": {"top_k": 5}}, r"top_k must be in 1\.\.4"),
+    ],
+)
 def test_wrong_settings(tiny, changes, message):
     with pytest.raises(ValueError, match=message) as error:
         train(tiny(**changes))
@@ -257,10 +268,16 @@ def test_one_run_at_a_time(tiny, monkeypatch):
     assert seen
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"optim": {"lr": 1e37, "warmup_steps": 0}}, r"step \d: (in layer \d: .*topk_gate.*|loss = .*|grad_norm.*)first"),
-    ({"model": {"init_std": 1e17}}, r"step 1: (grad_norm = (inf|nan)|loss = |in layer)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"optim": {"lr": 1e37, "warmup_steps": 0}},
+            r"step \d: (in layer \d: .*topk_gate.*|loss = .*|grad_norm.*)first",
+        ),
+        ({"model": {"init_std": 1e17}}, r"step 1: (grad_norm = (inf|nan)|loss = |in layer)"),
+    ],
+)
 def test_what_is_not_finite_never_reaches_the_weights(tiny, changes, message):
     with pytest.raises(FloatingPointError, match=message):
         train(tiny(**changes))

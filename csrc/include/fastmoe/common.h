@@ -1,8 +1,9 @@
 /* Shared by every family: status codes, storage types, conventions.
  *
- * Conventions. Matrices are dense, row-major, in the shape the suffix of their name gives (x_TD is [T, D]). Inputs never alias
- * outputs. Functions allocate nothing and keep no state: workspaces are arguments, sized by the function named beside them.
- * num_threads is the size of the OpenMP team; results are bit-equal for every value of it. On an error the outputs are undefined.
+ * Conventions. Matrices are dense, row-major, in the shape the suffix of their name gives (x_TD is [T, D]). Inputs
+ * never alias outputs. Functions allocate nothing and keep no state: workspaces are arguments, sized by the function
+ * named beside them. num_threads is the size of the OpenMP team; results are bit-equal for every value of it. On an
+ * error the outputs are undefined.
  */
 #pragma once
 #include <stddef.h>

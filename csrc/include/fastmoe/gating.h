@@ -13,7 +13,8 @@ typedef struct {
     float* probs_TE;  /* every expert's score */
     float* workspace; /* fm_topk_gate_workspace() floats */
     int num_threads;
-    int64_t bad; /* out, with FM_BAD_VALUE: the first token whose logits hold NaN or +inf or are all -inf; -1: K outside 1..E */
+    int64_t bad; /* out, with FM_BAD_VALUE: the first token whose logits hold NaN or +inf or are all -inf; -1: K
+                    outside 1..E */
 } fm_topk_gate_cpu_args;
 FM_API int64_t fm_topk_gate_workspace(int64_t E, int num_threads);
 FM_API fm_status fm_topk_gate_cpu(fm_topk_gate_cpu_args* a);

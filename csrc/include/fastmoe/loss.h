@@ -1,10 +1,11 @@
-/* Output projection and softmax cross entropy in one op; the gradients are formed with the loss, chunk by chunk of tokens. */
+/* Output projection and softmax cross entropy in one op; the gradients are formed with the loss, chunk by chunk of
+ * tokens. */
 #pragma once
 #include "fastmoe/common.h"
 
 typedef struct {
-    const void* x_TD;      /* dtype */
-    const void* weight_VD; /* dtype */
+    const void* x_TD;         /* dtype */
+    const void* weight_VD;    /* dtype */
     const int64_t* targets_T; /* 0..V-1, or ignore_index */
     float* loss;              /* out, [1]: the sum over the targets that count, in nats */
     float* dx_TD;             /* out, d loss / d x; NULL: not wanted */

@@ -1,4 +1,5 @@
-/* Routing (who goes where) and the movement of rows into expert order and back. See fastmoe/ops/permutation for an example. */
+/* Routing (who goes where) and the movement of rows into expert order and back. See fastmoe/ops/permutation for an
+ * example. */
 #pragma once
 #include "fastmoe/common.h"
 

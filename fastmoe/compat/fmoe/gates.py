@@ -74,9 +74,16 @@ class GShardGate(NaiveGate):
     E^2 * mean_e(share of tokens that chose e first * mean probability of e).
     """
 
-    def __init__(self, d_model: int, num_expert: int, world_size: int, topk: int = 2,
-                 capacity: tuple[float, float] = (1.2, 2.4), random_routing: bool = True,
-                 gate_bias: bool = True):  # fmt: skip
+    def __init__(
+        self,
+        d_model: int,
+        num_expert: int,
+        world_size: int,
+        topk: int = 2,
+        capacity: tuple[float, float] = (1.2, 2.4),
+        random_routing: bool = True,
+        gate_bias: bool = True,
+    ):
         if topk != 2:
             raise ValueError(f"fastmoe.compat.GShardGate: topk must be 2, got {topk}")
         super().__init__(d_model, num_expert, world_size, top_k=2, gate_bias=gate_bias)
@@ -102,8 +109,16 @@ class SwitchGate(NaiveGate):
     keeps ceil(c*T/E) tokens. The loss is E * sum_e(share of the kept tokens at e * mean probability of e).
     """
 
-    def __init__(self, d_model: int, num_expert: int, world_size: int, topk: int = 1, switch_eps: float = 0.1,
-                 capacity: tuple[float, float] = (1.2, 2.4), gate_bias: bool = True):  # fmt: skip
+    def __init__(
+        self,
+        d_model: int,
+        num_expert: int,
+        world_size: int,
+        topk: int = 1,
+        switch_eps: float = 0.1,
+        capacity: tuple[float, float] = (1.2, 2.4),
+        gate_bias: bool = True,
+    ):
         if topk != 1:
             raise ValueError(f"fastmoe.compat.SwitchGate: topk must be 1, got {topk}")
         super().__init__(d_model, num_expert, world_size, top_k=1, gate_bias=gate_bias)

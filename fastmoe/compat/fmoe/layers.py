@@ -37,11 +37,22 @@ class FMoE(nn.Module):
 
     pads_rows = False  # True: expert_fn takes rows past the counted ones, which spares the wait for their number
 
-    def __init__(self, num_expert: int = 32, d_model: int = 1024, world_size: int = 1, mp_group: Any = None,
-                 slice_group: Any = None, moe_group: Any = None, top_k: int = 2, gate: Callable = NaiveGate,
-                 expert: Callable | Sequence[Callable] | None = None, gate_hook: Callable | None = None,
-                 mask: torch.Tensor | None = None, mask_dict: dict[int, Any] | None = None,
-                 gate_bias: bool = True):  # fmt: skip
+    def __init__(
+        self,
+        num_expert: int = 32,
+        d_model: int = 1024,
+        world_size: int = 1,
+        mp_group: Any = None,
+        slice_group: Any = None,
+        moe_group: Any = None,
+        top_k: int = 2,
+        gate: Callable = NaiveGate,
+        expert: Callable | Sequence[Callable] | None = None,
+        gate_hook: Callable | None = None,
+        mask: torch.Tensor | None = None,
+        mask_dict: dict[int, Any] | None = None,
+        gate_bias: bool = True,
+    ):
         super().__init__()
         if mp_group is not None:
             warnings.warn("fastmoe.compat.FMoE: mp_group is deprecated, use slice_group", stacklevel=2)
@@ -57,15 +68,20 @@ class FMoE(nn.Module):
         options = {"gate_bias": gate_bias} if inspect.isclass(gate) and issubclass(gate, NaiveGate) else {}
         self.gate = gate(d_model, self.num_expert, world_size, top_k, **options)
         self.experts_fused = expert is None
-        self.experts = None if expert is None else nn.ModuleList(
-            make if isinstance(make, nn.Module) else make(d_model) for make in makers)  # fmt: skip
+        self.experts = (
+            None
+            if expert is None
+            else nn.ModuleList(make if isinstance(make, nn.Module) else make(d_model) for make in makers)
+        )
 
     def expert_fn(self, inp: Any, fwd_expert_count: torch.Tensor) -> Any:
         """Rows [R, D] in expert order, and how many each expert has [E], to as many rows."""
         if self.experts_fused:
             if self.experts is None:
-                raise NotImplementedError(f"fastmoe.compat.{type(self).__name__}: expert must be given, experts set or "
-                                          "expert_fn overridden, got none of these")  # fmt: skip
+                raise NotImplementedError(
+                    f"fastmoe.compat.{type(self).__name__}: expert must be given, experts set or "
+                    "expert_fn overridden, got none of these"
+                )
             return self.experts(inp, fwd_expert_count)
         counts, out, start = fwd_expert_count.cpu(), [], 0
         for idx in range(self.num_expert):
@@ -95,8 +111,10 @@ class FMoE(nn.Module):
         if self.gate_hook is not None:
             self.gate_hook(idx, score, None)
         if T and (idx.numel() % T or not idx.numel() or score.numel() != idx.numel()):
-            raise ValueError(f"fastmoe.compat.FMoE: the gate must return ids and weights of shape [T, K] with T = {T}, "
-                             f"got {list(idx.shape)} and {list(score.shape)}")  # fmt: skip
+            raise ValueError(
+                f"fastmoe.compat.FMoE: the gate must return ids and weights of shape [T, K] with T = {T}, "
+                f"got {list(idx.shape)} and {list(score.shape)}"
+            )
         K = idx.numel() // T if T else self.top_k
         idx_TK, score_TK = idx.reshape(T, K), score.reshape(T, K)
         if self.mask is not None:
@@ -112,8 +130,10 @@ class FMoE(nn.Module):
 
     def _mask(self, T: int, device: torch.device) -> torch.Tensor:
         if self.mask_dict is None or self.mask.numel() != T:
-            raise ValueError(f"fastmoe.compat.FMoE: mask must have {T} entries and come with mask_dict, got "
-                             f"{self.mask.numel()} and {self.mask_dict}")  # fmt: skip
+            raise ValueError(
+                f"fastmoe.compat.FMoE: mask must have {T} entries and come with mask_dict, got "
+                f"{self.mask.numel()} and {self.mask_dict}"
+            )
         return self.mask.reshape(T).to(device)
 
     def _fill(self, y_TD: torch.Tensor, mask_T: torch.Tensor, score_TK: torch.Tensor) -> torch.Tensor:

@@ -7,8 +7,9 @@ from torch import nn
 from torch.nn.functional import grouped_mm, linear, pad
 
 
-def grouped_linear(x_RD: torch.Tensor, weight_EFD: torch.Tensor, bias_EF: torch.Tensor | None,
-                   ends_E: torch.Tensor) -> torch.Tensor:  # fmt: skip
+def grouped_linear(
+    x_RD: torch.Tensor, weight_EFD: torch.Tensor, bias_EF: torch.Tensor | None, ends_E: torch.Tensor
+) -> torch.Tensor:
     """y[r] = weight[e] x[r] + bias[e] with e the expert whose rows end first after r; no loop over experts.
 
     x_RD: [R, D] in expert order. weight_EFD: [E, F, D]. bias_EF: [E, F] or None. ends_E: [E] int32, one past the last

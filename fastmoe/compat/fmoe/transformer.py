@@ -32,9 +32,16 @@ class FMoETransformerMLP(FMoE):
     activation (None: GELU) works row by row. Further options are those of FMoE.
     """
 
-    def __init__(self, num_expert: int = 32, d_model: int = 1024, d_hidden: int = 4096,
-                 activation: Callable | None = None, expert_dp_comm: str = "none", expert_rank: int = 0,
-                 **kwargs):  # fmt: skip
+    def __init__(
+        self,
+        num_expert: int = 32,
+        d_model: int = 1024,
+        d_hidden: int = 4096,
+        activation: Callable | None = None,
+        expert_dp_comm: str = "none",
+        expert_rank: int = 0,
+        **kwargs,
+    ):
         activation = nn.GELU() if activation is None else activation
         make = lambda width: _Expert(1, width, d_hidden, activation, expert_rank)
         super().__init__(num_expert=num_expert, d_model=d_model, expert=make, **kwargs)
@@ -51,8 +58,11 @@ class FMoETransformerMLP(FMoE):
     def _uniform(self) -> bool:
         """Whether all experts are as they were made, so that one product serves them."""
         return type(self).expert_fn_single is FMoE.expert_fn_single and all(
-            type(expert) is _Expert and type(expert.htoh4) is type(expert.h4toh) is FMoELinear
-            and expert.activation is self.experts[0].activation for expert in self.experts)  # fmt: skip
+            type(expert) is _Expert
+            and type(expert.htoh4) is type(expert.h4toh) is FMoELinear
+            and expert.activation is self.experts[0].activation
+            for expert in self.experts
+        )
 
     def expert_fn(self, inp: torch.Tensor, fwd_expert_count: torch.Tensor) -> torch.Tensor:
         if not self._uniform():

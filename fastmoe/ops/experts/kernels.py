@@ -117,7 +117,9 @@ def _clear_padding_kernel(out_ptr, offsets_ptr, E, R, N, BLOCK_R: tl.constexpr, 
     for n0 in range(0, N, BLOCK_N):
         n_N = n0 + tl.arange(0, BLOCK_N)
         zero_RN = tl.zeros((BLOCK_R, BLOCK_N), out_ptr.dtype.element_ty)
-        tl.store(out_ptr + row_R.to(tl.int64)[:, None] * N + n_N[None, :], zero_RN, mask=mask_R[:, None] & (n_N < N)[None, :])
+        tl.store(
+            out_ptr + row_R.to(tl.int64)[:, None] * N + n_N[None, :], zero_RN, mask=mask_R[:, None] & (n_N < N)[None, :]
+        )
 
 
 @triton.jit

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-
 from fastmoe.native import _C, dtype_code, empty, num_threads, ptr, workspace
 
 
 def moe_mlp(x_TD, weights_TK, src_row_R, dst_row_TK, offsets, gate_up_proj, down_proj, activation, save_z):
-    inputs = [tensor.contiguous() for tensor in (x_TD, weights_TK, src_row_R, dst_row_TK, offsets, gate_up_proj, down_proj)]
+    inputs = [
+        tensor.contiguous() for tensor in (x_TD, weights_TK, src_row_R, dst_row_TK, offsets, gate_up_proj, down_proj)
+    ]
     sizes, codes, threads = _sizes(*inputs), (dtype_code(x_TD), dtype_code(weights_TK)), num_threads()
     T, _, R, E, D, F = sizes
     y_TD, z_R2F = empty(T, D, dtype=x_TD.dtype), empty(R if save_z else 0, 2 * F, dtype=x_TD.dtype)
@@ -17,9 +17,25 @@ def moe_mlp(x_TD, weights_TK, src_row_R, dst_row_TK, offsets, gate_up_proj, down
     return y_TD, z_R2F
 
 
-def moe_mlp_backward(dy_TD, x_TD, weights_TK, src_row_R, dst_row_TK, offsets, gate_up_proj, down_proj, z_R2F, activation,
-                     need_x, need_weights, need_gate_up, need_down):  # fmt: skip
-    inputs = [tensor.contiguous() for tensor in (x_TD, weights_TK, src_row_R, dst_row_TK, offsets, gate_up_proj, down_proj)]
+def moe_mlp_backward(
+    dy_TD,
+    x_TD,
+    weights_TK,
+    src_row_R,
+    dst_row_TK,
+    offsets,
+    gate_up_proj,
+    down_proj,
+    z_R2F,
+    activation,
+    need_x,
+    need_weights,
+    need_gate_up,
+    need_down,
+):
+    inputs = [
+        tensor.contiguous() for tensor in (x_TD, weights_TK, src_row_R, dst_row_TK, offsets, gate_up_proj, down_proj)
+    ]
     sizes, codes, threads = _sizes(*inputs), (dtype_code(x_TD), dtype_code(weights_TK)), num_threads()
     _, _, R, E, D, F = sizes
     needed = zip((x_TD, weights_TK, gate_up_proj, down_proj), (need_x, need_weights, need_gate_up, need_down))

@@ -1,4 +1,6 @@
-"""What the expert layer means, in plain torch: experts padded to the longest, then batched products. No loop over experts."""
+"""What the expert layer means, in plain torch: experts padded to the longest, then batched products. No loop over
+experts.
+"""
 
 import torch
 from torch.nn.functional import silu
@@ -40,8 +42,22 @@ def moe_mlp(x_TD, weights_TK, src_row_R, dst_row_TK, offsets, gate_up_proj, down
     return y_TD, _unpad(z_EC2F, slots, R) if save_z else x_TD.new_empty(0, gate_up_proj.shape[1])
 
 
-def moe_mlp_backward(dy_TD, x_TD, weights_TK, src_row_R, dst_row_TK, offsets, gate_up_proj, down_proj, z_R2F, activation,
-                     need_x, need_weights, need_gate_up, need_down):  # fmt: skip
+def moe_mlp_backward(
+    dy_TD,
+    x_TD,
+    weights_TK,
+    src_row_R,
+    dst_row_TK,
+    offsets,
+    gate_up_proj,
+    down_proj,
+    z_R2F,
+    activation,
+    need_x,
+    need_weights,
+    need_gate_up,
+    need_down,
+):
     E, R = gate_up_proj.shape[0], src_row_R.shape[0]
     slots = _slots(src_row_R, offsets)
     z_EC2F = _pad(z_R2F, slots, E)

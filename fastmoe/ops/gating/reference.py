@@ -19,7 +19,11 @@ def topk_gate(logits_TE, k, score, renormalize):
 
 
 def topk_gate_backward(dweights_TK, dprobs_TE, topk_ids_TK, probs_TE, score, renormalize):
-    dweights_TK, dprobs_TE, probs_TE = dweights_TK.to(probs_TE.dtype), dprobs_TE.to(probs_TE.dtype), probs_TE.contiguous()
+    dweights_TK, dprobs_TE, probs_TE = (
+        dweights_TK.to(probs_TE.dtype),
+        dprobs_TE.to(probs_TE.dtype),
+        probs_TE.contiguous(),
+    )
     ids_TK = topk_ids_TK.clamp(min=0)
     if renormalize:
         p_TK = probs_TE.gather(1, ids_TK)

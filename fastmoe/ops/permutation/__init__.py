@@ -29,8 +29,8 @@ class Routing(NamedTuple):
 def build_routing(topk_ids_TK: torch.Tensor, num_experts: int, capacity: int | None = None) -> Routing:
     """Sorts the T*K slots by expert, stable in (t, k), by counting; no host sync.
 
-    topk_ids_TK: [T, K] int32 or int64; -1 drops the slot. capacity: keep at most this many slots of an expert, first choices
-    of all tokens before second ones, then in token order. Not differentiable.
+    topk_ids_TK: [T, K] int32 or int64; -1 drops the slot. capacity: keep at most this many slots of an expert, first
+    choices of all tokens before second ones, then in token order. Not differentiable.
 
     Errors: ValueError for ids outside -1..E-1 on the CPU (on a GPU such a slot is dropped) and T*K of 2^31 or more.
     Source: FastMoE's position sort (He et al., arXiv 2103.13262), capacity order of GShard (arXiv 2006.16668).
@@ -46,13 +46,15 @@ def build_routing(topk_ids_TK: torch.Tensor, num_experts: int, capacity: int | N
 def build_routing_from_experts(token_R: torch.Tensor, offsets: torch.Tensor, num_tokens: int) -> Routing:
     """A routing from the experts' own lists of tokens, for routers without a fixed K (expert choice, token rounding).
 
-    token_R: [R] int32 or int64, the token of each row, ascending inside an expert. offsets: [E+1] int32 or int64. A token's
-    slot k is the expert id, so K = E: dst_row_TK is [T, E] and weights for it are [T, E]; a token's rows are combined in
-    ascending expert id.
+    token_R: [R] int32 or int64, the token of each row, ascending inside an expert. offsets: [E+1] int32 or int64. A
+    token's slot k is the expert id, so K = E: dst_row_TK is [T, E] and weights for it are [T, E]; a token's rows are
+    combined in ascending expert id.
 
-    Errors: ValueError for tokens outside 0..T-1, not ascending inside an expert, or offsets that do not run from 0 to R (CPU).
+    Errors: ValueError for tokens outside 0..T-1, not ascending inside an expert, or offsets that do not run from 0 to R
+    (CPU).
 
-    Example, T=3: token_R [0, 2, 1, 2], offsets [0, 2, 4] -> src_row_R [0, 4, 3, 5], dst_row_TK [[0, -1], [-1, 2], [1, 3]].
+    Example, T=3: token_R [0, 2, 1, 2], offsets [0, 2, 4] -> src_row_R [0, 4, 3, 5], dst_row_TK [[0, -1], [-1, 2], [1,
+    3]].
     """
     check.tensor("build_routing_from_experts", "token_R", token_R, (None,), check.INTS, legend="R")
     check.tensor("build_routing_from_experts", "offsets", offsets, (None,), check.INTS, like=token_R, legend="E+1")
@@ -75,22 +77,33 @@ def permute(x_TD: torch.Tensor, routing: Routing) -> torch.Tensor:
 
 
 def unpermute(y_RD: torch.Tensor, routing: Routing, topk_weights_TK: torch.Tensor | None = None) -> torch.Tensor:
-    """Gathers the rows of each token back and sums them: out[t] = sum_k weight[t, k] * y_RD[dst_row_TK[t, k]], in order of k.
+    """Gathers the rows of each token back and sums them: out[t] = sum_k weight[t, k] * y_RD[dst_row_TK[t, k]], in order
+    of k.
 
-    y_RD: [R, D]. topk_weights_TK: [T, K] in y's dtype or float32; None adds unweighted. Sums in float32. Returns [T, D] in y's
-    dtype. Differentiable in y_RD and the weights; padding rows get gradient zero.
+    y_RD: [R, D]. topk_weights_TK: [T, K] in y's dtype or float32; None adds unweighted. Sums in float32. Returns [T, D]
+    in y's dtype. Differentiable in y_RD and the weights; padding rows get gradient zero.
     """
     check.tensor("unpermute", "y_RD", y_RD, (routing.src_row_R.shape[0], None), legend="R, D")
     check_routing("unpermute", routing, y_RD)
     if topk_weights_TK is not None:
-        check.tensor("unpermute", "topk_weights_TK", topk_weights_TK, tuple(routing.dst_row_TK.shape),
-                     (y_RD.dtype, torch.float32), like=y_RD, legend="T, K")  # fmt: skip
+        check.tensor(
+            "unpermute",
+            "topk_weights_TK",
+            topk_weights_TK,
+            tuple(routing.dst_row_TK.shape),
+            (y_RD.dtype, torch.float32),
+            like=y_RD,
+            legend="T, K",
+        )
     return _unpermute(y_RD, routing.src_row_R, routing.dst_row_TK, topk_weights_TK)
 
 
 def check_routing(op: str, routing: Routing, like: torch.Tensor) -> None:
-    for name, tensor, shape in (("src_row_R", routing.src_row_R, (None,)), ("dst_row_TK", routing.dst_row_TK, (None, None)),
-                                ("offsets", routing.offsets, (None,))):  # fmt: skip
+    for name, tensor, shape in (
+        ("src_row_R", routing.src_row_R, (None,)),
+        ("dst_row_TK", routing.dst_row_TK, (None, None)),
+        ("offsets", routing.offsets, (None,)),
+    ):
         check.tensor(op, f"routing.{name}", tensor, shape, (torch.int32,), like=like)
 
 
@@ -143,20 +156,37 @@ def _lower_rows_and_weights(args, dtype):
 
 
 _build_routing = define(
-    "permutation", "build_routing(Tensor topk_ids_TK, int num_experts, int capacity) -> (Tensor, Tensor, Tensor)",
-    fake=_fake_build_routing)  # fmt: skip
+    "permutation",
+    "build_routing(Tensor topk_ids_TK, int num_experts, int capacity) -> (Tensor, Tensor, Tensor)",
+    fake=_fake_build_routing,
+)
 _build_routing_from_experts = define(
-    "permutation", "build_routing_from_experts(Tensor token_R, Tensor offsets, int num_tokens) -> (Tensor, Tensor, Tensor)",
-    fake=_fake_from_experts)  # fmt: skip
+    "permutation",
+    "build_routing_from_experts(Tensor token_R, Tensor offsets, int num_tokens) -> (Tensor, Tensor, Tensor)",
+    fake=_fake_from_experts,
+)
 _permute = define(
-    "permutation", "permute(Tensor x_TD, Tensor src_row_R, Tensor dst_row_TK) -> Tensor",
+    "permutation",
+    "permute(Tensor x_TD, Tensor src_row_R, Tensor dst_row_TK) -> Tensor",
     fake=lambda x_TD, src_row_R, dst_row_TK: x_TD.new_empty((src_row_R.shape[0], x_TD.shape[1])),
-    setup_context=_setup_permute, backward=_backward_permute, autocast=_lower_rows)  # fmt: skip
+    setup_context=_setup_permute,
+    backward=_backward_permute,
+    autocast=_lower_rows,
+)
 _unpermute = define(
-    "permutation", "unpermute(Tensor y_RD, Tensor src_row_R, Tensor dst_row_TK, Tensor? weights_TK) -> Tensor",
+    "permutation",
+    "unpermute(Tensor y_RD, Tensor src_row_R, Tensor dst_row_TK, Tensor? weights_TK) -> Tensor",
     fake=lambda y_RD, src_row_R, dst_row_TK, weights_TK: y_RD.new_empty((dst_row_TK.shape[0], y_RD.shape[1])),
-    setup_context=_setup_unpermute, backward=_backward_unpermute, autocast=_lower_rows_and_weights)  # fmt: skip
+    setup_context=_setup_unpermute,
+    backward=_backward_unpermute,
+    autocast=_lower_rows_and_weights,
+)
 _unpermute_backward = define(
-    "permutation", "unpermute_backward(Tensor dout_TD, Tensor y_RD, Tensor src_row_R, Tensor dst_row_TK, Tensor weights_TK) "
+    "permutation",
+    "unpermute_backward(Tensor dout_TD, Tensor y_RD, Tensor src_row_R, Tensor dst_row_TK, Tensor weights_TK) "
     "-> (Tensor, Tensor)",
-    fake=lambda dout_TD, y_RD, src_row_R, dst_row_TK, weights_TK: (y_RD.new_empty(y_RD.shape), weights_TK.new_empty(weights_TK.shape)))  # fmt: skip
+    fake=lambda dout_TD, y_RD, src_row_R, dst_row_TK, weights_TK: (
+        y_RD.new_empty(y_RD.shape),
+        weights_TK.new_empty(weights_TK.shape),
+    ),
+)

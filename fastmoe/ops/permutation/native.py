@@ -10,19 +10,44 @@ from fastmoe.native import _C, dtype_code, empty, num_threads, ptr
 def build_routing(topk_ids_TK, num_experts, capacity):
     ids_TK = topk_ids_TK.contiguous()
     T, K = ids_TK.shape
-    src_row_R, dst_row_TK, offsets = (torch.empty(shape, dtype=torch.int32) for shape in ((T * K,), (T, K), (num_experts + 1,)))
+    src_row_R, dst_row_TK, offsets = (
+        torch.empty(shape, dtype=torch.int32) for shape in ((T * K,), (T, K), (num_experts + 1,))
+    )
     workspace = torch.empty(_C.build_routing_workspace(T, K, num_experts), dtype=torch.int32)
-    _C.build_routing(ptr(ids_TK), ids_TK.dtype == torch.int64, T, K, num_experts, capacity, ptr(src_row_R), ptr(dst_row_TK),
-                     ptr(offsets), ptr(workspace), num_threads())  # fmt: skip
+    _C.build_routing(
+        ptr(ids_TK),
+        ids_TK.dtype == torch.int64,
+        T,
+        K,
+        num_experts,
+        capacity,
+        ptr(src_row_R),
+        ptr(dst_row_TK),
+        ptr(offsets),
+        ptr(workspace),
+        num_threads(),
+    )
     return src_row_R, dst_row_TK, offsets
 
 
 def build_routing_from_experts(token_R, offsets, num_tokens):
     token_R, offsets_in = token_R.contiguous(), offsets.contiguous()
     R, E = token_R.shape[0], offsets.shape[0] - 1
-    src_row_R, dst_row_TE, offsets = (torch.empty(shape, dtype=torch.int32) for shape in ((R,), (num_tokens, E), (E + 1,)))
-    _C.build_routing_from_experts(ptr(token_R), token_R.dtype == torch.int64, ptr(offsets_in), offsets_in.dtype == torch.int64,
-                                  R, num_tokens, E, ptr(src_row_R), ptr(dst_row_TE), ptr(offsets))  # fmt: skip
+    src_row_R, dst_row_TE, offsets = (
+        torch.empty(shape, dtype=torch.int32) for shape in ((R,), (num_tokens, E), (E + 1,))
+    )
+    _C.build_routing_from_experts(
+        ptr(token_R),
+        token_R.dtype == torch.int64,
+        ptr(offsets_in),
+        offsets_in.dtype == torch.int64,
+        R,
+        num_tokens,
+        E,
+        ptr(src_row_R),
+        ptr(dst_row_TE),
+        ptr(offsets),
+    )
     return src_row_R, dst_row_TE, offsets
 
 
@@ -39,16 +64,41 @@ def unpermute(y_RD, src_row_R, dst_row_TK, weights_TK):
     weights_TK = None if weights_TK is None else weights_TK.contiguous()
     (T, K), D = dst_row_TK.shape, y_RD.shape[1]
     out_TD = empty(T, D, dtype=y_RD.dtype)
-    _C.unpermute(ptr(y_RD), ptr(dst_row_TK), ptr(weights_TK), ptr(out_TD), T, K, D, dtype_code(y_RD),
-                 0 if weights_TK is None else dtype_code(weights_TK), num_threads())  # fmt: skip
+    _C.unpermute(
+        ptr(y_RD),
+        ptr(dst_row_TK),
+        ptr(weights_TK),
+        ptr(out_TD),
+        T,
+        K,
+        D,
+        dtype_code(y_RD),
+        0 if weights_TK is None else dtype_code(weights_TK),
+        num_threads(),
+    )
     return out_TD
 
 
 def unpermute_backward(dout_TD, y_RD, src_row_R, dst_row_TK, weights_TK):
     dout_TD, y_RD, src_row_R, dst_row_TK, weights_TK = (
-        tensor.contiguous() for tensor in (dout_TD, y_RD, src_row_R, dst_row_TK, weights_TK))  # fmt: skip
+        tensor.contiguous() for tensor in (dout_TD, y_RD, src_row_R, dst_row_TK, weights_TK)
+    )
     (R, D), (T, K) = y_RD.shape, dst_row_TK.shape
     dy_RD, dweights_TK = empty(R, D, dtype=y_RD.dtype), torch.empty_like(weights_TK)
-    _C.unpermute_backward(ptr(dout_TD), ptr(y_RD), ptr(src_row_R), ptr(dst_row_TK), ptr(weights_TK), ptr(dy_RD), ptr(dweights_TK),
-                          R, T, K, D, dtype_code(y_RD), dtype_code(weights_TK), num_threads())  # fmt: skip
+    _C.unpermute_backward(
+        ptr(dout_TD),
+        ptr(y_RD),
+        ptr(src_row_R),
+        ptr(dst_row_TK),
+        ptr(weights_TK),
+        ptr(dy_RD),
+        ptr(dweights_TK),
+        R,
+        T,
+        K,
+        D,
+        dtype_code(y_RD),
+        dtype_code(weights_TK),
+        num_threads(),
+    )
     return dy_RD, dweights_TK

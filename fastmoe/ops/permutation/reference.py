@@ -8,7 +8,9 @@ def build_routing(topk_ids_TK, num_experts, capacity):
     ids_TK = topk_ids_TK.long()
     outside_TK = (ids_TK < -1) | (ids_TK >= num_experts)
     if ids_TK.device.type == "cpu" and outside_TK.any():
-        raise ValueError(f"fastmoe.build_routing: topk_ids_TK must be in -1..{num_experts - 1}, got {int(ids_TK[outside_TK][0])}")
+        raise ValueError(
+            f"fastmoe.build_routing: topk_ids_TK must be in -1..{num_experts - 1}, got {int(ids_TK[outside_TK][0])}"
+        )
     ids_TK = ids_TK.masked_fill(outside_TK | (ids_TK < 0), num_experts)  # dropped slots sort last
     if capacity >= 0:
         by_choice_KT = _rank_in_expert(ids_TK.t().reshape(-1), num_experts).view(K, T)
@@ -40,12 +42,18 @@ def build_routing_from_experts(token_R, offsets, num_tokens):
     if token_R.device.type == "cpu":
         ascending = bool((offsets.diff() >= 0).all()) and int(offsets[0]) == 0 and int(offsets[-1]) == R
         if not ascending:
-            raise ValueError(f"fastmoe.build_routing_from_experts: offsets must ascend from 0 to R = {R}, got {offsets.tolist()[:8]}")
+            raise ValueError(
+                f"fastmoe.build_routing_from_experts: offsets must ascend from 0 to R = {R}, got {offsets.tolist()[:8]}"
+            )
         if R and not bool(((token_R >= 0) & (token_R < num_tokens)).all()):
-            raise ValueError(f"fastmoe.build_routing_from_experts: token_R must be in 0..{num_tokens - 1}, "
-                             f"got {int(token_R.min())}..{int(token_R.max())}")  # fmt: skip
+            raise ValueError(
+                f"fastmoe.build_routing_from_experts: token_R must be in 0..{num_tokens - 1}, "
+                f"got {int(token_R.min())}..{int(token_R.max())}"
+            )
         if bool(((token_R.diff() <= 0) & (expert_R.diff() == 0)).any()):
-            raise ValueError("fastmoe.build_routing_from_experts: token_R must ascend inside each expert, got a repeat or a step back")
+            raise ValueError(
+                "fastmoe.build_routing_from_experts: token_R must ascend inside each expert, got a step back"
+            )
     src_row_R = token_R * E + expert_R
     dst_row = torch.full((num_tokens * E,), -1, device=token_R.device, dtype=torch.int64).scatter_(0, src_row_R, row_R)
     return src_row_R.int(), dst_row.view(num_tokens, E).int(), offsets.int()
