@@ -13,6 +13,8 @@ test: .venv/installed-test
 
 bench: .venv/installed-bench
 	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -m benchmarks.train_tiny --record
+	$(BIN)/python -m benchmarks.report
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

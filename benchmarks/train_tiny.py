@@ -1,21 +1,24 @@
-"""Tokens/s of the `tiny` recipe's training step against the same model as a transformers Mixtral, in one process,
-interleaved.
+"""The `tiny` recipe's training step against the same model as a transformers Mixtral, in one process, interleaved.
 
-python -m benchmarks.train_tiny [--steps 20] [--dtype fp32|bf16] [--experts default|eager|grouped_mm|batched_mm]
+python -m benchmarks.train_tiny [--steps 20] [--experts default|eager|grouped_mm|batched_mm] [--record]
 
-Both arms: the same sizes and data, router losses on, clipping by global norm, AdamW (torch's fused one for Mixtral),
-median step. Before timing, the two models are given the same weights and their losses compared.
+Both arms: the same weights, data, router losses, clipping by global norm and AdamW (torch's fused one for Mixtral), in
+fp32 and with bf16 autocast; the median step. Before timing, both losses are compared with the loss in float64.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import time
 
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from benchmarks import machine
+from benchmarks.ops.harness import TOLERANCE, name_of
+from benchmarks.run import print_record, write
 from fastmoe.nn import Transformer
 from fastmoe.optim import AdamW
 from fastmoe.optim.clip import grad_norm
@@ -65,62 +68,91 @@ def mixtral(model, experts: str) -> MixtralForCausalLM:
     return peer
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--experts", default="default")
-    args = parser.parse_args()
-    config = RECIPES["tiny"]()
+def measure(config, experts: str, dtype: torch.dtype, steps: int, roofs: dict[str, float]) -> dict:
+    """The JSON record of one case, as benchmarks.ops.harness.measure makes it; the error is that of the first loss."""
     torch.manual_seed(0)
     ours = Transformer(config.model)
-    theirs = mixtral(ours, args.experts)
+    theirs = mixtral(ours, experts)
     ids_BS = torch.randint(0, config.model.vocab_size, (config.train.batch_size, config.train.seq_len + 1))
     inputs_BS, targets_BS = ids_BS[:, :-1].contiguous(), ids_BS[:, 1:].contiguous()
+    with torch.no_grad():
+        exact = float(copy.deepcopy(ours).double()(inputs_BS, targets_BS).loss)
 
-    def our_loss():
+    def our_losses():
         out = ours(inputs_BS, targets_BS)
         return out.loss, out.aux_loss
 
-    def their_loss():
-        # Mixtral shifts labels itself: give it the full sequence's inputs with targets moved one to the right
-        out = theirs(input_ids=inputs_BS, labels=None, output_router_logits=True)
-        loss = torch.nn.functional.cross_entropy(out.logits.flatten(0, 1), targets_BS.flatten())
+    def their_losses():
+        out = theirs(input_ids=inputs_BS, output_router_logits=True)
+        loss = torch.nn.functional.cross_entropy(out.logits.flatten(0, 1).float(), targets_BS.flatten())
         return loss, theirs.router_aux_loss_coef * out.aux_loss
 
-    with torch.no_grad():
-        a, b = float(our_loss()[0]), float(their_loss()[0])
-    assert abs(a - b) < 1e-4 * abs(b), f"the two models differ: loss {a} and {b}"
-    optimizers = AdamW(ours.parameters(), lr=1e-4), torch.optim.AdamW(theirs.parameters(), lr=1e-4, fused=True)
+    our_optimizer = AdamW(ours.parameters(), lr=1e-4)
+    their_optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-4, fused=True)
 
-    def step(arm):
-        model, loss, optimizer = ((ours, our_loss, optimizers[0]), (theirs, their_loss, optimizers[1]))[arm]
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.dtype == "bf16"):
-            terms = loss()
-        sum(terms).backward()
-        if arm == 0:
-            optimizer.step(grad_scale=min(1.0, config.optim.clip_norm / float(grad_norm(model.parameters()))))
-        else:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
-            optimizer.step()
-        optimizer.zero_grad()
+    def our_update():
+        our_optimizer.step(grad_scale=min(1.0, config.optim.clip_norm / float(grad_norm(ours.parameters()))))
+        our_optimizer.zero_grad()
 
-    seconds = [], []
-    for i in range(args.steps + 2):
-        for arm in (0, 1):
+    def their_update():
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), config.optim.clip_norm)
+        their_optimizer.step()
+        their_optimizer.zero_grad()
+
+    arms = {"fastmoe": (our_losses, our_update)}
+    arms[f"transformers Mixtral, {theirs.config._experts_implementation}"] = (their_losses, their_update)
+    errors, seconds = {}, {name: [] for name in arms}
+    for i in range(steps + 2):
+        for name, (losses, update) in arms.items():
             start = time.perf_counter()
-            step(arm)
-            if i >= 2:
-                seconds[arm].append(time.perf_counter() - start)
-    rates = [inputs_BS.numel() / statistics.median(s) for s in seconds]
-    print(
-        f"losses {a:.6f} and {b:.6f}; {torch.get_num_threads()} threads, {args.dtype}, "
-        f"experts {theirs.config._experts_implementation}"
-    )
-    print(
-        f"fastmoe {rates[0]:,.0f} tokens/s; transformers Mixtral {rates[1]:,.0f} tokens/s; "
-        f"ratio {rates[0] / rates[1]:.2f}x"
-    )
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                terms = losses()
+            sum(terms).backward()
+            update()
+            if i == 0:
+                errors[name] = abs(float(terms[0]) - exact) / exact
+            elif i > 1:
+                seconds[name].append(time.perf_counter() - start)
+    work = ours.flops_per_token(config.train.seq_len) * inputs_BS.numel()
+    ms = {name: 1e3 * statistics.median(s) for name, s in seconds.items()}
+    record = {
+        "case": f"{name_of(dtype)}, {inputs_BS.numel()} tokens a step",
+        "unit": "GFLOP/s",
+        "roof": "mm",
+        "arms": {},
+    }
+    for name in arms:
+        record["arms"][name] = {"error": errors[name]}
+        if max(errors.values()) > TOLERANCE[dtype]:
+            continue
+        record["arms"][name] |= {
+            "ms": ms[name],
+            "ms_min": 1e3 * min(seconds[name]),
+            "ms_max": 1e3 * max(seconds[name]),
+            "samples": steps,
+            "rate": work / ms[name] / 1e6,
+            "of_roof": work / ms[name] / 1e6 / roofs["mm"],
+            "peak_mib": None,
+            "fastmoe_is": ms[name] / ms["fastmoe"],
+        }
+        print(f"{name}: {inputs_BS.numel() / ms[name] * 1e3:,.0f} tokens/s")
+    return record
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--experts", default="default")
+    parser.add_argument("--record", action="store_true", help="write benchmarks/results/<machine>/train_tiny.json")
+    args = parser.parse_args()
+    busy, roofs = machine.others_load(2.0), machine.roofs()
+    cases = [measure(RECIPES["tiny"](), args.experts, dtype, args.steps, roofs) for dtype in TOLERANCE]
+    for case in cases:
+        print_record(case, quick=False)
+    after = machine.others_load(1.0)
+    if args.record:
+        load = {"others_cpus": {"before": busy, "after": after}, "busy": max(busy, after) > machine.BUSY}
+        write(machine.ROOT / "benchmarks" / "results", "train_tiny", {"roofs": roofs, **load, "cases": cases})
 
 
 if __name__ == "__main__":

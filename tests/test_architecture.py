@@ -34,7 +34,6 @@ ONLY_IN = {  # third-party module -> the files that may import it
 }
 ENVIRONMENT = {
     "FASTMOE_BACKEND",
-    "FASTMOE_LOG",
     "FASTMOE_NO_EXT",  # ours
     "TRITON_INTERPRET",
     "XDG_CACHE_HOME",
