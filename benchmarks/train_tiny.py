@@ -110,7 +110,7 @@ def measure(config, experts: str, dtype: torch.dtype, steps: int, roofs: dict[st
             sum(terms).backward()
             update()
             if i == 0:
-                errors[name] = abs(float(terms[0]) - exact) / exact
+                errors[name] = abs(terms[0].item() - exact) / exact
             elif i > 1:
                 seconds[name].append(time.perf_counter() - start)
     work = ours.flops_per_token(config.train.seq_len) * inputs_BS.numel()

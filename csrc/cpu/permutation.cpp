@@ -4,10 +4,14 @@
 
 namespace {
 
-/* Slots are cut into this many equal chunks, whatever the thread count; a chunk counts, then writes, its own slots. */
+/* Slots are cut into at most this many equal chunks, whatever the thread count; a chunk counts, then writes, its own
+ * slots. Every chunk costs a pass over E counters, so many experts mean few chunks. */
 constexpr int64_t kChunks = 16;
 
-int64_t chunks_for(int64_t slots, int64_t E) { return slots >= 4096 && E <= slots ? kChunks : 1; }
+int64_t chunks_for(int64_t slots, int64_t E) {
+    const int64_t chunks = slots / (4 * E + 256);
+    return chunks < 1 ? 1 : chunks > kChunks ? kChunks : chunks;
+}
 
 inline int64_t int_at(const void* p, int is_int64, int64_t i) {
     return is_int64 ? static_cast<const int64_t*>(p)[i] : static_cast<const int32_t*>(p)[i];
