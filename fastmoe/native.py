@@ -10,12 +10,13 @@ import threading
 import torch  # first: the extension then shares torch's OpenMP runtime
 
 try:
-    from fastmoe import _C
+    import fastmoe._C as _C
 
     _WHY_NOT = None
+except ModuleNotFoundError:
+    _C, _WHY_NOT = None, ""
 except ImportError as error:
-    _C = None
-    _WHY_NOT = str(error)
+    _C, _WHY_NOT = None, f" or does not load ({error})"
 
 _HUGE = 4 << 20
 _kept = threading.local()
@@ -35,7 +36,7 @@ def missing() -> str | None:
     """None when the extension is loaded, else why it is not and how to get it."""
     if _C is not None:
         return None
-    return f"the C++ extension is not built ({_WHY_NOT}); install a C++17 compiler and run `pip install -e .` again"
+    return f"the C++ extension is not built{_WHY_NOT}; install a C++17 compiler and run `pip install -e .` again"
 
 
 def num_threads() -> int:

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from fastmoe import config as configs
+from fastmoe import native
 from fastmoe.config import Config
 from fastmoe.nn import Transformer
 from fastmoe.optim import AdamW
@@ -340,6 +341,8 @@ class _Run:
             f"{total:,} parameters, {active:,} active a token; data {about['data']} ({about['train_tokens']:,} tokens)"
         )
         print(f"run {self.run_dir}", flush=True)
+        if self.device.type == "cpu" and native.missing():
+            print(f"note: this run will be slow: {native.missing()}", flush=True)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.dtype == "bf16")
