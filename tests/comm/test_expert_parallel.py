@@ -56,6 +56,11 @@ def step(layer, x_TD, ids_TK, weights_TK, dy_TD, gate_up, down) -> list[torch.Te
 def run_rank(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    torch.save(computed(rank, world), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def computed(rank: int, world: int) -> dict[str, list[torch.Tensor]]:
     group = TorchGroup(dist.group.WORLD)
     mine = [weight[rank * L : (rank + 1) * L] for weight in experts(world)]
     got = {
@@ -70,8 +75,7 @@ def run_rank(rank: int, world: int, folder: str) -> None:
     x_TD, ids_TK, weights_TK, _ = batches(world)["dropped slots"][rank]
     rows_ND, sent = dispatch(x_TD, ids_TK, group, L * world)
     got["dispatch"] = [rows_ND, sent.expert_N1, combine(2 * rows_ND, sent, weights_TK, group)]
-    torch.save(got, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return got
 
 
 @pytest.fixture(scope="module", params=[2, 4])
