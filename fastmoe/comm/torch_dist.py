@@ -11,8 +11,8 @@ import torch.distributed as dist
 class TorchGroup:
     """Wraps a process group that the caller made; tensors are on the device its backend serves.
 
-    Let go of it, and of graphs that went through it, before dist.destroy_process_group(): gloo's threads live as long as
-    the group and abort a process whose interpreter is ending.
+    Let go of it, and of graphs that went through it, before dist.destroy_process_group(): gloo's threads live as long
+    as the group and abort a process whose interpreter is ending.
     """
 
     def __init__(self, process_group: dist.ProcessGroup):
