@@ -41,9 +41,28 @@ class Op:
         key = (device, double, os.environ.get("FASTMOE_BACKEND", ""))
         if key not in self.chosen:
             backend, why = select(self, device, double)
-            self.chosen[key] = getattr(backend_module(self.family, backend), self.name), (backend, why)
+            function = getattr(backend_module(self.family, backend), self.name)
+            if backend == "reference" and device == "cpu":
+                function = _on_one_thread(function)
+            self.chosen[key] = function, (backend, why)
         implementation, self.ran[device] = self.chosen[key]
         return implementation(*args)
+
+
+def _on_one_thread(function: Callable) -> Callable:
+    """torch's own sums depend on the number of threads; the definition of an op must not."""
+
+    def call(*args):
+        threads = torch.get_num_threads()
+        if threads == 1:
+            return function(*args)
+        torch.set_num_threads(1)
+        try:
+            return function(*args)
+        finally:
+            torch.set_num_threads(threads)
+
+    return call
 
 
 def define(
