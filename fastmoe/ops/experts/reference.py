@@ -194,15 +194,8 @@ def moe_mlp_backward(
     z_ECZ = x_ECD @ gate_up_proj + _bias(gate_up_bias, x_TD) if save == "x" else _pad(z_RZ, slots, E)
     gate_ECF, up_ECF = _split(z_ECZ, activation, interleaved)
     act_ECF = activate(gate_ECF, up_ECF, activation, alpha, limit)
-    none = x_TD.new_empty(0)
-    dweights_TK, ddown, dgate_up, dx_TD, dgate_up_bias, ddown_bias = (
-        weights_TK.new_empty(0),
-        none,
-        none,
-        none,
-        none,
-        none,
-    )
+    dweights_TK = weights_TK.new_empty(0)
+    ddown, dgate_up, dx_TD, dgate_up_bias, ddown_bias = (x_TD.new_empty(0) for _ in range(5))
     y_RD = _unpad(act_ECF @ down_proj + _bias(down_bias, x_TD), slots, R)
     dy_RD, dweights = unpermute_backward(dy_TD, y_RD, src_row_R, dst_row_TK, weights_TK)
     if need_weights:
