@@ -86,9 +86,10 @@ for arch, dtype in [*((arch, "bfloat16") for arch in map(int, architectures)), (
     x_TD, gate_up_proj, down_proj = make(T, D), make(E, 2 * F, D), make(E, D, F)
     y_RD = permutation.permute(x_TD, *routing[:2])
     permutation.unpermute_backward(x_TD, y_RD, *routing[:2], weights_TK)
-    inputs = (x_TD, weights_TK, *routing, gate_up_proj, down_proj)
-    y_TD, z_R2F = experts.moe_mlp(*inputs, "swiglu", True)
-    experts.moe_mlp_backward(x_TD, *inputs, z_R2F, "swiglu", True, True, True, True)
+    inputs = (x_TD, weights_TK, *routing, gate_up_proj, down_proj, None, None)
+    layer = ("swiglu", False, False, 1.702, 7.0, "z")
+    y_TD, z_RZ, z_scale = experts.moe_mlp(*inputs, *layer, False)
+    experts.moe_mlp_backward(x_TD, *inputs, z_RZ, z_scale, *layer, True, True, True, True, False, False, False)
 print(json.dumps({"kernels": sorted(kernels), "found": found}))
 """
 

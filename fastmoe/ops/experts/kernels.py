@@ -334,11 +334,36 @@ def _wgrad(a, b, src_row_R, offsets, K, like, gather_a):
     return out
 
 
-def moe_mlp(x_TD, weights_TK, src_row_R, dst_row_TK, offsets, gate_up_proj, down_proj, activation, save_z):
+def _only(activation, save, *plain):
+    if activation != "swiglu" or save not in ("z", "none") or any(plain):
+        raise NotImplementedError("fastmoe.moe_mlp: Triton serves swiglu in the plain layout so far")
+
+
+def moe_mlp(
+    x_TD,
+    weights_TK,
+    src_row_R,
+    dst_row_TK,
+    offsets,
+    gate_up_proj,
+    down_proj,
+    gate_up_bias,
+    down_bias,
+    activation,
+    interleaved,
+    transposed,
+    alpha,
+    limit,
+    save,
+    sparse_grads,
+):
+    _only(activation, save, interleaved, transposed, gate_up_bias is not None, down_bias is not None)
     (E, D, F), R, K = down_proj.shape, src_row_R.shape[0], dst_row_TK.shape[1]
+    save_z = save == "z"
     z_R2F = x_TD.new_empty((R if save_z else 0, 2 * F))
+    z_scale = x_TD.new_empty((0, 2 * -(-F // 64)), dtype=torch.bfloat16)
     if R == 0 or x_TD.shape[0] == 0:
-        return x_TD.new_zeros(x_TD.shape), z_R2F
+        return x_TD.new_zeros(x_TD.shape), z_R2F, z_scale
     x_TD, src_row_R, offsets, gate_up_proj, down_proj = (
         tensor.contiguous() for tensor in (x_TD, src_row_R, offsets, gate_up_proj, down_proj)
     )
@@ -367,7 +392,7 @@ def moe_mlp(x_TD, weights_TK, src_row_R, dst_row_TK, offsets, gate_up_proj, down
             GROUP=8,
         )
         y_RD = _rows(act_RF, tiles, num_tiles, down_proj, D, F, (F, 1), average)
-    return unpermute(y_RD, src_row_R, dst_row_TK, weights_TK), z_R2F
+    return unpermute(y_RD, src_row_R, dst_row_TK, weights_TK), z_R2F, z_scale
 
 
 def moe_mlp_backward(
@@ -379,17 +404,31 @@ def moe_mlp_backward(
     offsets,
     gate_up_proj,
     down_proj,
-    z_R2F,
+    gate_up_bias,
+    down_bias,
+    z_RZ,
+    z_scale,
     activation,
+    interleaved,
+    transposed,
+    alpha,
+    limit,
+    save,
     need_x,
     need_weights,
     need_gate_up,
     need_down,
+    need_gate_up_bias,
+    need_down_bias,
+    sparse_grads,
 ):
+    _only(activation, save, interleaved, transposed, need_gate_up_bias, need_down_bias, sparse_grads)
+    z_R2F, none = z_RZ, x_TD.new_empty(0)
     (E, D, F), R, K = down_proj.shape, src_row_R.shape[0], dst_row_TK.shape[1]
     outputs = ((x_TD, need_x), (weights_TK, need_weights), (gate_up_proj, need_gate_up), (down_proj, need_down))
     if R == 0 or x_TD.shape[0] == 0:
-        return tuple(like.new_zeros(like.shape) if need else like.new_empty(0) for like, need in outputs)
+        grads = (like.new_zeros(like.shape) if need else like.new_empty(0) for like, need in outputs)
+        return *grads, none, none.clone()
     dx_TD, dweights_TK, dgate_up, ddown = (like.new_empty(0) for like, _ in outputs)
     dy_TD, x_TD, weights_TK, src_row_R, offsets, gate_up_proj, down_proj, z_R2F = (
         tensor.contiguous() for tensor in (dy_TD, x_TD, weights_TK, src_row_R, offsets, gate_up_proj, down_proj, z_R2F)
@@ -436,4 +475,4 @@ def moe_mlp_backward(
         if need_x:
             dx_RD = _rows(dz_R2F, tiles, num_tiles, gate_up_proj, D, 2 * F, (1, D), average)
             dx_TD = unpermute(dx_RD, src_row_R, dst_row_TK, None)
-    return dx_TD, dweights_TK, dgate_up, ddown
+    return dx_TD, dweights_TK, dgate_up, ddown, none, none.clone()
