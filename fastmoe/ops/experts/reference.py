@@ -223,4 +223,4 @@ def moe_mlp_backward(
 
 
 def _touched(grad, offsets, sparse):
-    return grad[offsets[1:] > offsets[:-1]] if sparse else grad.contiguous()
+    return (grad[offsets[1:] > offsets[:-1]] if sparse else grad).contiguous()
