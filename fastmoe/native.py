@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
+import math
 import mmap
 import os
 import threading
+import weakref
+from collections import deque
+from typing import NamedTuple
 
 import torch  # first: the extension then shares torch's OpenMP runtime
 
@@ -18,9 +22,7 @@ except ModuleNotFoundError:
 except ImportError as error:
     _C, _WHY_NOT = None, f" or does not load ({error})"
 
-_HUGE = 4 << 20
 _kept = threading.local()
-_libc = ctypes.CDLL(None, use_errno=True)
 _forked = False
 
 
@@ -73,14 +75,133 @@ def dtype_code(tensor: torch.Tensor) -> int:
         raise TypeError(f"fastmoe.native: float32, bfloat16 or float16 is wanted, got {tensor.dtype}") from None
 
 
+_POOLED = 4 << 20  # bytes from which memory is kept for the next tensor
+_HUGE_PAGE = 2 << 20
+_OLD = 4096  # requests after which a block that served none is unmapped
+
+
+class MemoryStats(NamedTuple):
+    """Bytes of the blocks behind `empty`: held by tensors, waiting for the next tensor, held at once at most."""
+
+    in_use: int
+    idle: int
+    peak: int
+
+
+class _Block:
+    """A private anonymous mapping whose `size` bytes from `start` on begin at a huge page."""
+
+    def __init__(self, size: int):
+        self.size = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+        self.map = mmap.mmap(-1, self.size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.start = -torch.frombuffer(self.map, dtype=torch.uint8).data_ptr() % _HUGE_PAGE
+        self.idle_since = 0
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            self.map.madvise(mmap.MADV_HUGEPAGE, self.start, self.size)
+
+
+class _Pool:
+    """Blocks that no tensor holds, kept because touching fresh memory costs as much as computing what goes there."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.returned: deque[_Block] = deque()  # from finalizers: these run anywhere, even inside the lock
+        self.idle: list[_Block] = []  # in order of return
+        self.in_use = self.idle_bytes = self.peak = self.requests = 0
+
+    def take(self, size: int) -> _Block:
+        """The smallest idle block of size to 1.25 size, of equal ones the last used, or a new one."""
+        with self.lock:
+            self.requests += 1
+            self.settle()
+            fitting = [block for block in reversed(self.idle) if size <= block.size <= 1.25 * size]
+            if fitting:
+                block = min(fitting, key=lambda block: block.size)
+                self.idle.remove(block)
+                self.idle_bytes -= block.size
+            else:
+                block = self.map(size)
+            self.in_use += block.size
+            self.peak = max(self.peak, self.in_use)
+            return block
+
+    def map(self, size: int) -> _Block:
+        try:
+            return _Block(size)
+        except OSError:
+            self.clear()
+        try:
+            return _Block(size)
+        except OSError as error:
+            raise torch.OutOfMemoryError(
+                f"fastmoe.native.empty: {size} bytes are wanted beside {self.in_use} in use, got {error}"
+            ) from None
+
+    def give_back(self, block: _Block) -> None:
+        """Never waits: whoever holds the lock, or takes it next, settles."""
+        self.returned.append(block)
+        if self.lock.acquire(blocking=False):
+            try:
+                self.settle()
+            finally:
+                self.lock.release()
+
+    def settle(self) -> None:
+        """Takes in what was returned; unmaps the oldest while it is too old or more is idle than ever was in use."""
+        while self.returned:
+            block = self.returned.popleft()
+            block.idle_since = self.requests
+            self.idle.append(block)
+            self.in_use -= block.size
+            self.idle_bytes += block.size
+        while self.idle and (self.idle_bytes > self.peak or self.idle[0].idle_since < self.requests - _OLD):
+            self.idle_bytes -= self.idle.pop(0).size
+
+    def clear(self) -> None:
+        self.idle.clear()
+        self.idle_bytes = 0
+
+    def forked(self) -> None:
+        """A child maps its own: to write to memory it shares with its parent would copy what the parent has there."""
+        self.clear()
+        self.lock.release()
+
+
+_pool = _Pool()
+os.register_at_fork(before=_pool.lock.acquire, after_in_parent=_pool.lock.release, after_in_child=_pool.forked)
+
+
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """torch.empty on the CPU, backed by huge pages from 4 MiB up (page faults then cost a quarter)."""
-    tensor = torch.empty(shape, dtype=dtype)
-    if tensor.nbytes >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        length = (tensor.data_ptr() + tensor.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
-        _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)
+    """torch.empty on the CPU. From 4 MiB up it lies in huge pages of a block that goes back to a pool when torch frees
+    the tensor's storage, and is reused without page faults.
+
+    The storage has the tensor's exact size and cannot be resized (as that of torch.from_numpy). Errors:
+    torch.OutOfMemoryError where the system has no such memory even after idle blocks were given back.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if size < _POOLED or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    block = _pool.take(size)
+    memory = memoryview(block.map)[block.start : block.start + size]  # torch holds it as long as the storage lives
+    weakref.finalize(memory, _pool.give_back, block).atexit = False
+    tensor = torch.frombuffer(memory, dtype=dtype).resize_(shape)
+    if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:
+        tensor.fill_(torch.empty((), dtype=dtype, device="cpu"))
     return tensor
+
+
+def empty_cache() -> None:
+    """Gives all idle blocks of `empty` back to the system."""
+    with _pool.lock:
+        _pool.settle()
+        _pool.clear()
+
+
+def memory_stats() -> MemoryStats:
+    """What `empty` holds now. A kept workspace counts as in use."""
+    with _pool.lock:
+        _pool.settle()
+        return MemoryStats(_pool.in_use, _pool.idle_bytes, _pool.peak)
 
 
 def workspace(size: int) -> torch.Tensor:
