@@ -191,7 +191,9 @@ def moe_mlp_backward(
     x_ECD = _pad(permute(x_TD, src_row_R, dst_row_TK), slots, E)
     if save == "z8":
         z_RZ = dequantize(z_RZ, z_scale, activation, interleaved, x_TD.dtype)
-    z_ECZ = x_ECD @ gate_up_proj + _bias(gate_up_bias, x_TD) if save == "x" else _pad(z_RZ, slots, E)
+    elif save == "x":
+        z_RZ = _unpad(x_ECD @ gate_up_proj + _bias(gate_up_bias, x_TD), slots, R)
+    z_ECZ = _pad(z_RZ, slots, E)
     gate_ECF, up_ECF = _split(z_ECZ, activation, interleaved)
     act_ECF = activate(gate_ECF, up_ECF, activation, alpha, limit)
     dweights_TK = weights_TK.new_empty(0)
