@@ -10,11 +10,14 @@ if TYPE_CHECKING:
     from fastmoe.integrations.transformers import Report
 
 
-def enable(model: torch.nn.Module) -> Report:
-    """Computes every expert layer of a transformers model with fastmoe, as integrations.transformers.enable says."""
+def enable(model: torch.nn.Module, save: str = "z") -> Report:
+    """Computes every expert layer of a transformers model with fastmoe, as integrations.transformers.enable says.
+
+    save: what the layers keep for backward, "z", "z8" or "x" as in ops.moe_mlp.
+    """
     from fastmoe.integrations import transformers
 
-    return transformers.enable(model)
+    return transformers.enable(model, save)
 
 
 def disable(model: torch.nn.Module) -> None:

@@ -1,286 +1,393 @@
+"""Experts modules one by one: which are served, with what result, and how the others are refused."""
+
+import importlib
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    DeepseekV3Config,
-    GptOssConfig,
-    MixtralConfig,
-    OlmoeConfig,
-    Qwen3MoeConfig,
-)
+from torch.nn import functional as F
+from transformers import activations
 from transformers.integrations.moe import use_experts_implementation
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
+from fastmoe import testing
 from fastmoe.integrations import disable, enable
-from fastmoe.integrations.transformers import experts_forward, refusal, register
+from fastmoe.integrations.transformers import experts_forward, register
+from tests.integrations.models import build, close, experts_of, step, tokens
 
-SIZES = dict(
-    vocab_size=64,
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-)
-CONFIGS = {
-    "mixtral": lambda: MixtralConfig(
-        **SIZES, intermediate_size=48, num_local_experts=4, num_experts_per_tok=2, output_router_logits=True
-    ),
-    "qwen3_moe": lambda: Qwen3MoeConfig(
-        **SIZES,
-        intermediate_size=64,
-        moe_intermediate_size=24,
-        num_experts=8,
-        num_experts_per_tok=3,
-        head_dim=8,
-        output_router_logits=True,
-    ),
-    "olmoe": lambda: OlmoeConfig(
-        **SIZES, intermediate_size=24, num_experts=8, num_experts_per_tok=3, eos_token_id=1, output_router_logits=True
-    ),
-    "deepseek_v3": lambda: DeepseekV3Config(
-        **{**SIZES, "num_key_value_heads": 4},
-        intermediate_size=48,
-        moe_intermediate_size=24,
-        n_routed_experts=8,
-        num_experts_per_tok=3,
-        n_group=2,
-        topk_group=1,
-        first_k_dense_replace=1,
-        q_lora_rank=16,
-        kv_lora_rank=16,
-        qk_nope_head_dim=8,
-        qk_rope_head_dim=8,
-        v_head_dim=8,
-    ),
-}
+T, D, E, K, WIDTH = 23, 16, 4, 3, 12  # WIDTH: F, which is torch.nn.functional here
 
 
-def build(name, implementation="eager"):
+class Settings:
+    """Stands for the configuration of any model: a setting's value goes by its name."""
+
+    def __init__(self, act="silu", experts=E):
+        self._experts_implementation, self.values = "fastmoe", {"latent": None, "intermediate": WIDTH, "hidden_size": D}
+        self.values |= {"expert": experts, "hidden_act": act, "activation": act, "limit": 1.5, "alpha": 1.702}
+
+    _experts_implementation = property(lambda self: self.implementation)
+
+    @_experts_implementation.setter
+    def _experts_implementation(self, wanted):
+        self.implementation = wanted[""] if isinstance(wanted, dict) else wanted
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return next((value for part, value in self.values.items() if part in name), 1.0)
+
+
+def make(cls, **settings):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name](), experts_implementation=implementation)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=0.3)
-    return model
+    experts = cls(Settings(**settings))
+    for weight in experts.parameters():
+        nn.init.normal_(weight, std=0.5)
+    return experts
 
 
-def step(model, ids_BS):
-    """Logits, loss and the gradient of every parameter."""
-    model.zero_grad()
-    out = model(ids_BS, labels=ids_BS)
-    out.loss.backward()
+def inputs(seed=0):
     return {
-        "logits": out.logits.detach(),
-        "loss": out.loss.detach(),
-        **{name: parameter.grad.clone() for name, parameter in model.named_parameters()},
+        "x": testing.draw(T, D, seed=seed),
+        "ids": torch.randint(0, E, (T, K), generator=testing.generator(seed)),
+        "weights": testing.draw(T, K, seed=seed + 1).abs(),
     }
 
 
-def close(ours, theirs, tolerance=1e-5):
-    for name, want in theirs.items():
-        assert (ours[name] - want).abs().max() <= tolerance * want.abs().max(), name
+def step_of(experts, given, implementation):
+    """The output and the gradients of inputs and weights."""
+    experts.config._experts_implementation = implementation
+    experts.zero_grad()
+    out = testing.forward_backward(lambda i: experts(i["x"], i["ids"], i["weights"]), given)
+    return out | {name: weight.grad.clone() for name, weight in experts.named_parameters()}
 
 
-def config_of(implementation="fastmoe"):
-    config = Qwen3MoeConfig(hidden_size=16, moe_intermediate_size=8, num_experts=4)
-    config._experts_implementation = implementation
-    return config
+def equals_eager(experts):
+    close(step_of(experts, inputs(), "fastmoe"), step_of(experts, inputs(), "eager"))
 
 
-@use_experts_implementation
+every_kind = pytest.mark.parametrize(
+    "cls, act", [(MixtralExperts, "silu"), (GptOssExperts, None), (NemotronHExperts, "relu2")]
+)
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    register()
+
+
 class Plain(nn.Module):
-    """Experts in the default layout, as a user would write them."""
-
-    act = nn.SiLU
+    """Experts as a user would write them, in every layout that the decorator's flags can tell."""
 
     def __init__(self, config):
         super().__init__()
-        E, F, D = config.num_experts, config.moe_intermediate_size, config.hidden_size
-        self.num_experts, self.act_fn = E, self.act()
-        self.gate_up_proj = nn.Parameter(torch.randn(E, 2 * F, D))
-        self.down_proj = nn.Parameter(torch.randn(E, D, F))
+        rows = WIDTH * (2 if self.gated else 1)
+        up, down = ((E, D, rows), (E, WIDTH, D)) if self.across else ((E, rows, D), (E, D, WIDTH))
+        self.up_name = "gate_up_proj" if self.gated else "up_proj"
+        self.num_experts, self.act_fn = E, config.hidden_act
+        self.register_parameter(self.up_name, nn.Parameter(torch.empty(up)))
+        self.down_proj = nn.Parameter(torch.empty(down))
+        if self.biased:
+            self.register_parameter(self.up_name + "_bias", nn.Parameter(torch.empty(E, rows)))
+            self.down_proj_bias = nn.Parameter(torch.empty(E, D))
 
     def forward(self, hidden_states, top_k_index, top_k_weights):
         y_TD = torch.zeros_like(hidden_states)
-        for e in range(self.num_experts):
+        for e in range(E):
             token, slot = torch.where(top_k_index == e)
-            z = self._apply_gate(hidden_states[token] @ self.gate_up_proj[e].T) @ self.down_proj[e].T
-            y_TD = y_TD.index_add(0, token, z * top_k_weights[token, slot, None])
+            h = hidden_states[token]
+            for name in (self.up_name, "down_proj"):
+                weight = getattr(self, name)[e]
+                h = h @ (weight if self.across else weight.T)
+                h = h + getattr(self, name + "_bias")[e] if self.biased else h
+                if name != "down_proj":
+                    h = self._apply_gate(h) if self.gated else self.act_fn(h)
+            y_TD = y_TD.index_add(0, token, h * top_k_weights[token, slot, None])
         return y_TD
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("shape", [(2, 17), (1, 1)])
-def test_logits_loss_and_every_gradient_equal_eager(name, shape):
-    model = build(name)
-    ids_BS = torch.randint(0, 64, shape)
-    if shape == (1, 1):  # no next token to learn from
-        want = model(ids_BS).logits
-        enable(model)
-        close({"logits": model(ids_BS).logits}, {"logits": want})
-        return
-    want = step(model, ids_BS)
-    report = enable(model)
-    first = 1 if name == "deepseek_v3" else 0  # its first layer is dense
-    assert [layer.name for layer in report.layers] == [f"model.layers.{i}.mlp.experts" for i in range(first, 2)]
-    assert all(layer.backend in str(report) and layer.reason for layer in report.layers)
-    close(step(model, ids_BS), want)
+def plain(gated=True, across=False, biased=False, **flags):
+    cls = type("Experts", (Plain,), {"gated": gated, "across": across, "biased": biased})
+    return use_experts_implementation(is_transposed=across, has_bias=biased, has_gate=gated, **flags)(cls)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+def test_every_layout_equals_eager(gated, across, biased):
+    experts = make(plain(gated, across, biased), act=nn.SiLU() if gated else nn.ReLU())
+    equals_eager(experts)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    "act",
+    [
+        nn.SiLU(),
+        F.silu,
+        nn.ReLU(),
+        F.relu,
+        nn.GELU(),
+        F.gelu,
+        nn.GELU("tanh"),
+        nn.Tanh(),
+        torch.sigmoid,
+        *(name for name in activations.ACT2CLS if name not in ("prelu", "xielu")),
+    ],
+    ids=str,
+)
+def test_every_activation_equals_eager_or_is_refused(act, gated):
+    act = activations.ACT2FN[act] if isinstance(act, str) else act
+    experts = make(plain(gated), act=act)
+    name = getattr(act, "__name__", type(act).__name__)
+    served = ("silu", "gelu") if gated else ("relu", "gelu")
+    others = ("leaky", "relu6", "quick", "clipped")
+    if any(part in name.lower() for part in served) and not any(part in name.lower() for part in others):
+        equals_eager(experts)
+    else:
+        wanted = "SiLU or GELU with a gate" if gated else "GELU, ReLU or ReLU squared without a gate"
+        with pytest.raises(NotImplementedError, match=f"experts: Experts: act_fn must be {wanted}, got {name}$"):
+            experts(*inputs().values())
+
+
+REFUSED = {  # experts classes of the installed transformers that are not computed, and the flag that says why
+    "BeamExperts": "_apply_gate",
+    "DeepseekV4Experts": "_apply_gate",
+    "Glm5NextTextExperts": "_apply_gate",
+    "HYV4Experts": "_apply_gate",
+    "Inkling2Experts": "_apply_gate",
+    "MuseSparkExperts": "has_post_expert_norm",
+    "OpenAIPrivacyFilterExperts": "_apply_gate",
+}
+
+
+def test_every_experts_class_of_transformers_equals_eager_or_is_refused():
+    """By its own forward: a class that computes otherwise than its flags tell would show here."""
+    served, refused = [], {}
+    for path in sorted((Path(transformers.__file__).parent / "models").glob("*/modeling_*.py")):
+        for name in re.findall(r"^@use_experts_implementation.*\nclass (\w+)", path.read_text(), re.MULTILINE):
+            module = importlib.import_module(f"transformers.models.{path.parent.name}.{path.stem}")
+            experts = make(getattr(module, name), act="relu2" if name == "NemotronHExperts" else "silu")
+            try:
+                equals_eager(experts)
+                served.append(name)
+            except NotImplementedError as error:
+                refused[name] = re.search(rf"fastmoe.experts: {name}: (\w+) must be", str(error))[1]
+    assert refused == REFUSED
+    assert len(served) >= 58 and {"GptOssExperts", "MiniMaxM3VLExperts", "AriaExperts", "NemotronHExperts"} <= set(
+        served
+    )
+
+
+@every_kind
+def test_slots_of_other_ranks_add_nothing(cls, act):
+    """Expert id == num_experts with weight 0, beside an expert of NaN that a product with 0 would let through.
+
+    Eager's part is taken by experts with one more whose weights are 0: not every class knows such slots.
+    """
+    experts, wider = make(cls, act=act), make(cls, act=act, experts=E + 1)
+    for name, weight in experts.named_parameters():
+        weight.data[E - 1] = float("nan")
+        getattr(wider, name).data = torch.cat([weight.data, torch.zeros_like(weight.data[:1])])
+    experts._is_expert_parallel = True
+    given = inputs()
+    given["ids"] = torch.tensor([[0, 4, 2], [4, 1, 1], [4, 4, 4], [2, 0, 4]]).repeat(6, 1)[:T]
+    given["weights"] = given["weights"].masked_fill(given["ids"] == E, 0)
+    got, want = step_of(experts, given, "fastmoe"), step_of(wider, given, "eager")
+    close(got, {name: value[:E] if name in dict(wider.named_parameters()) else value for name, value in want.items()})
+    off_TK = given["ids"] == E
+    assert not got["0"][off_TK.all(1)].any() and not got["dx"][off_TK.all(1)].any()
+    assert not got["dweights"][off_TK].any() and not got["down_proj"][E - 1].any()
+
+
+def test_3d_input_keeps_its_shape_and_frozen_weights_get_no_gradient():
+    experts = make(MixtralExperts).requires_grad_(False)
+    x_BSD = testing.draw(2, 3, D).requires_grad_()
+    ids_BSK, weights_BSK = inputs()["ids"][:6].view(2, 3, K), inputs()["weights"][:6].view(2, 3, K)
+    y_BSD = experts(x_BSD, ids_BSK, weights_BSK)
+    flat = experts(x_BSD.flatten(0, 1), ids_BSK.flatten(0, 1), weights_BSK.flatten(0, 1))
+    assert torch.equal(y_BSD.flatten(0, 1), flat) and y_BSD.shape == x_BSD.shape
+    y_BSD.sum().backward()
+    assert x_BSD.grad.any() and experts.gate_up_proj.grad is None
+    assert experts(x_BSD[:0], ids_BSK[:0], weights_BSK[:0]).shape == (0, 3, D)
+
+
+@every_kind
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str)
+def test_routing_weights_of_another_dtype(cls, act, dtypes):
+    """bfloat16 experts with the float32 weights of a router, and the other way round."""
+    experts = make(cls, act=act).to(dtypes[0])
+    given = inputs()
+    given |= {"x": given["x"].to(dtypes[0]), "weights": given["weights"].to(dtypes[1])}
+    got, eager = step_of(experts, given, "fastmoe"), step_of(experts, given, "eager")
+    assert (got["0"].dtype, got["dweights"].dtype) == dtypes
+    exact = step_of(experts.double(), testing.to_float64(given), "eager")
+    for key in exact:
+        testing.assert_accurate(got[key], exact[key], eager[key], key)
+
+
+def test_what_is_saved():
+    """enable(save=) reaches the op; the result does not depend on it; disable forgets it."""
+    model, ids_BS = build("qwen3_moe"), tokens(2, 9)
+    outs, saved = {}, {}
+    for save in ("z", "z8", "x"):
+        enable(model, save)
+        with testing.Recorder() as recorder:
+            outs[save] = step(model, ids_BS)
+        z_RZ = [out[1] for call, _, out in recorder.calls if call == "moe_mlp"][0]
+        saved[save] = z_RZ.numel() * z_RZ.element_size()
+        assert torch.equal(outs[save]["logits"], outs["z"]["logits"])
+    assert saved == {"z": saved["z"], "z8": saved["z"] // 4, "x": 0}
+    close(outs["x"], outs["z"], 1e-6)
     disable(model)
-    assert model.config._experts_implementation == "eager"
-    got = step(model, ids_BS)
-    assert all(torch.equal(got[key], want[key]) for key in want)
-
-
-def test_weights_are_shared_and_the_state_dict_round_trips():
-    model, other = build("qwen3_moe"), build("qwen3_moe")
-    before = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
     enable(model)
-    assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == before
-    nn.init.normal_(model.model.layers[1].mlp.experts.gate_up_proj)
-    other.load_state_dict(model.state_dict())
-    ids_BS = torch.randint(0, 64, (1, 9))
-    close({"logits": other(ids_BS).logits}, {"logits": model(ids_BS).logits})
+    assert all(torch.equal(value, outs["z"][key]) for key, value in step(model, ids_BS).items())
+    with pytest.raises(ValueError, match="fastmoe.enable: save must be 'z' or 'z8' or 'x', got 'y'"):
+        enable(model, "y")
 
 
-def test_by_name_and_through_saved_files(tmp_path):
-    register()
-    model = build("qwen3_moe", "fastmoe")
-    assert model.config._experts_implementation == "fastmoe"
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="fastmoe")
-    ids_BS = torch.randint(0, 64, (1, 9))
-    assert torch.equal(loaded(ids_BS).logits, model(ids_BS).logits)
-    assert AutoModelForCausalLM.from_pretrained(tmp_path).config._experts_implementation == "grouped_mm"
+def test_the_report_names_every_layer():
+    model = build("deepseek_v3")
+    report = enable(model)  # its first layer is dense
+    assert [layer.name for layer in report.layers] == ["model.layers.1.mlp.experts"] == list(experts_of(model))
+    assert all(layer.backend in str(report) and layer.reason in str(report) for layer in report.layers)
+    with testing.backend("experts=reference"):
+        assert enable(model).layers[0].backend == "reference"
 
 
 def test_enable_twice_and_disable_restores_the_first_choice():
     model = build("mixtral", "grouped_mm")
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
     enable(model)
-    assert enable(model).layers
+    assert enable(model).layers and model.config._experts_implementation == "fastmoe"
     disable(model)
     assert model.config._experts_implementation == "grouped_mm"
+    assert {name: dict(vars(module)) for name, module in model.named_modules()} == before
     with pytest.raises(ValueError, match="fastmoe.disable: model must have been enabled"):
         disable(model)
 
 
-def test_gpt_oss_is_refused_and_left_alone():
-    config = GptOssConfig(
-        **SIZES, intermediate_size=32, num_local_experts=4, num_experts_per_tok=2, head_dim=8, eos_token_id=1
-    )
-    model = AutoModelForCausalLM.from_config(config, experts_implementation="eager")
-    with pytest.raises(NotImplementedError, match=r"layers.0.mlp.experts \(GptOssExperts\): is_concatenated must"):
-        enable(model)
-    assert model.config._experts_implementation == "eager"
-    register()
-    model.set_experts_implementation("fastmoe")
-    with pytest.raises(NotImplementedError, match="experts: GptOssExperts: is_concatenated must be True, got False"):
-        model(torch.tensor([[1, 2]]))
-
-
-@pytest.mark.parametrize(
-    "flag, value",
-    [
-        ("is_transposed", True),
-        ("is_concatenated", False),
-        ("has_bias", True),
-        ("has_gate", False),
-        ("has_post_expert_norm", True),
-    ],
-)
-def test_each_flag_is_refused(flag, value):
-    experts = Plain(config_of())
-    assert refusal(experts) is None
-    setattr(experts, flag, value)
-    with pytest.raises(NotImplementedError, match=f"enable: experts .Plain.: {flag} must be {not value}, got {value}"):
-        enable(nn.ModuleDict({"experts": experts}))
-
-
-def test_other_gates_activations_and_dtypes_are_refused():
-    clamped = type("Clamped", (Plain,), {"_apply_gate": lambda self, z: z.chunk(2, -1)[0].clamp(max=1)})
-    assert "_apply_gate must be the default" in refusal(clamped(config_of()))
-    assert "act_fn must be SiLU, got GELU" in refusal(type("Gelu", (Plain,), {"act": nn.GELU})(config_of()))
-    experts = Plain(config_of())
-    experts.gate_up_proj = nn.Parameter(experts.gate_up_proj.to(torch.float8_e4m3fn), requires_grad=False)
-    assert "float16 or float64 tensor, got torch.float8_e4m3fn" in refusal(experts)
-    inputs = torch.zeros(1, 16), torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1)
-    with pytest.raises(NotImplementedError, match="process_group must be None"):
-        experts_forward(Plain(config_of()), *inputs, process_group=1)
-    with pytest.raises(ValueError, match="fastmoe.enable: model must hold experts modules .* got a Linear with none"):
-        enable(nn.Linear(2, 2))
-
-
 def test_a_bare_block_is_switched_too():
-    block = nn.Sequential(Plain(config_of("eager")))
+    block = nn.Sequential(make(plain(), act=nn.SiLU()))
+    block[0].config._experts_implementation = "eager"
     enable(block)
-    assert block[0].config._experts_implementation == "fastmoe"
+    with testing.Recorder() as recorder:
+        block[0](*inputs().values())
+    assert recorder.count("moe_mlp") == 1
     disable(block)
     assert block[0].config._experts_implementation == "eager"
 
 
-def test_slots_of_other_ranks_add_nothing():
-    """Expert id == num_experts with weight 0, beside an expert of NaN that a product with 0 would let through."""
-    register()
-    torch.manual_seed(1)
-    experts = Plain(config_of())
-    with torch.no_grad():
-        experts.gate_up_proj[3] = float("nan")
-    x_TD = torch.randn(6, 16, requires_grad=True)
-    ids_TK = torch.tensor([[0, 4], [4, 1], [4, 4], [2, 0], [1, 2], [0, 1]])
-    weights_TK = torch.rand(6, 2).masked_fill(ids_TK == 4, 0).requires_grad_()
-    dy_TD = torch.randn(6, 16)
-    got, want = {}, {}
-    for out, implementation in ((got, "fastmoe"), (want, "eager")):
-        experts.config._experts_implementation = implementation
-        experts.zero_grad()
-        y_TD = experts(x_TD, ids_TK, weights_TK)
-        out["y"] = y_TD.detach()
-        out["dx"], out["dw"], out["dgate_up"], out["ddown"] = torch.autograd.grad(
-            y_TD, (x_TD, weights_TK, experts.gate_up_proj, experts.down_proj), dy_TD
-        )
-    close(got, want)
-    assert (got["y"][2] == 0).all() and (got["dw"][ids_TK == 4] == 0).all()
+def test_flags_that_are_not_honoured_are_refused():
+    for flag, value, message in (
+        ("is_concatenated", False, "is_concatenated must be True with the default _apply_gate, got False"),
+        ("has_post_expert_norm", True, "has_post_expert_norm must be False, got True"),
+    ):
+        experts = make(MixtralExperts)
+        setattr(experts, flag, value)
+        with pytest.raises(NotImplementedError, match=rf"enable: experts \(MixtralExperts\): {message}"):
+            enable(nn.ModuleDict({"experts": experts}))
+    for flag, value, message in (
+        ("is_concatenated", True, "is_concatenated must be False, got True"),
+        ("alpha", None, "alpha must be a positive number, got None"),
+        ("limit", None, "limit must be a positive number, got None"),
+        ("limit", 0.0, "limit must be a positive number, got 0.0"),
+    ):
+        experts = make(GptOssExperts)
+        setattr(experts, flag, value)
+        with pytest.raises(NotImplementedError, match=f"experts: GptOssExperts: {message}"):
+            experts(*inputs().values())
+    with pytest.raises(NotImplementedError, match="experts: MixtralExperts: process_group must be None, got 1"):
+        experts_forward(make(MixtralExperts), *inputs().values(), process_group=1)
 
 
-def test_frozen_experts_get_no_gradient_and_3d_input_keeps_its_shape():
-    register()
-    experts = Plain(config_of()).requires_grad_(False)
-    x_BSD = torch.randn(2, 3, 16, requires_grad=True)
-    y_BSD = experts(x_BSD, torch.zeros(6, 2, dtype=torch.long), torch.ones(6, 2))
-    y_BSD.sum().backward()
-    assert y_BSD.shape == x_BSD.shape and x_BSD.grad.abs().sum() > 0 and experts.gate_up_proj.grad is None
+def test_a_gate_of_ones_own_is_refused_and_nothing_is_switched():
+    model = build("mixtral")
+    last = model.model.layers[1].mlp.experts
+    last.__class__ = type("Mine", (type(last),), {"_apply_gate": lambda self, z: z.chunk(2, -1)[0].clamp(max=1)})
+    with pytest.raises(NotImplementedError, match=r"enable: model.layers.1.mlp.experts \(Mine\): _apply_gate must be"):
+        enable(model)
+    assert model.config._experts_implementation == "eager" and not hasattr(model, "_fastmoe_former_experts")
+    clamped = make(type("Other", (GptOssExperts,), {"_apply_gate": lambda self, z: z[..., ::2]}))
+    with pytest.raises(NotImplementedError, match="experts: Other: _apply_gate must be .* got tests.integrations"):
+        clamped(*inputs().values())
 
 
-def test_compiles_in_one_graph():
-    experts = Plain(config_of())
-    x_TD, ids_TK, weights_TK = torch.randn(5, 16), torch.randint(0, 5, (5, 2)), torch.rand(5, 2)
-    compiled = torch.compile(experts_forward, fullgraph=True, backend="aot_eager")
-    want = experts_forward(experts, x_TD, ids_TK, weights_TK)
-    want.sum().backward()
-    want_grad, experts.gate_up_proj.grad = experts.gate_up_proj.grad, None
-    got = compiled(experts, x_TD, ids_TK, weights_TK)
-    got.sum().backward()
-    close({"y": got, "dw": experts.gate_up_proj.grad}, {"y": want, "dw": want_grad}, 1e-6)
+@pytest.mark.parametrize("cls, weight", [(MixtralExperts, "gate_up_proj"), (GptOssExperts, "down_proj_bias")])
+def test_quantised_weights_are_refused(cls, weight):
+    experts = make(cls)
+    lower = getattr(experts, weight).detach().to(torch.float8_e4m3fn)
+    setattr(experts, weight, nn.Parameter(lower, requires_grad=False))
+    message = rf"{weight} must be a float32, bfloat16, float16 or float64 tensor, got torch.float8_e4m3fn"
+    with pytest.raises(NotImplementedError, match=message):
+        enable(nn.ModuleDict({"experts": experts}))
 
 
-def test_bf16_is_as_close_to_float64_as_eager():
-    register()
-    torch.manual_seed(2)
-    exact = Plain(config_of("eager")).double()
-    x_TD, ids_TK, weights_TK = torch.randn(64, 16), torch.randint(0, 4, (64, 2)), torch.rand(64, 2)
-    for weight in exact.parameters():
-        weight.data = weight.data.bfloat16().double()
-    x_TD = x_TD.bfloat16()
-    want = exact(x_TD.double(), ids_TK, weights_TK.double())
-    experts = Plain(config_of()).bfloat16()
-    experts.load_state_dict(exact.state_dict())
-    error = (experts(x_TD, ids_TK, weights_TK).double() - want).abs().max()
-    experts.config._experts_implementation = "eager"
-    eager_error = (experts(x_TD, ids_TK, weights_TK.bfloat16()).double() - want).abs().max()
-    assert error <= 2 * eager_error
+class TestForwardsThatDoNotAsk:
+    """Another library's forward wins over experts_implementation: enable says so instead of reporting a layer."""
+
+    class LigerExperts(nn.Module):  # as liger_kernel.transformers.swiglu.LigerExperts: it takes the class's place
+        def __init__(self):
+            super().__init__()
+            self.gate_up_proj, self.down_proj = nn.Parameter(torch.empty(1)), nn.Parameter(torch.empty(1))
+
+        def forward(self, hidden_states, top_k_index, top_k_weights):
+            return hidden_states
+
+    LigerExperts.forward.__module__ = "liger_kernel.transformers.swiglu"
+    message = r"enable: model.layers.0.mlp.experts \(.*\): forward must be the one that asks .*"
+
+    def test_liger_in_place_of_the_class(self):
+        model = build("mixtral")
+        model.model.layers[0].mlp.experts = self.LigerExperts()
+        with pytest.raises(NotImplementedError, match=self.message + "Liger computes this layer; apply it with swiglu"):
+            enable(model)
+
+    def test_liger_in_place_of_the_method(self):
+        model = build("mixtral")
+        experts = model.model.layers[0].mlp.experts
+        experts.forward = self.LigerExperts.forward.__get__(experts)
+        with pytest.raises(NotImplementedError, match=self.message + "Liger computes this layer"):
+            enable(model)
+        del experts.forward
+        assert enable(model).layers
+
+    def test_a_subclass_and_a_module_without_the_decorator(self):
+        model = build("mixtral")
+        experts = model.model.layers[0].mlp.experts
+        experts.__class__ = type("Mine", (type(experts),), {"forward": lambda self, *args: args[0]})
+        with pytest.raises(NotImplementedError, match=self.message + "got tests.integrations.test_transformers"):
+            enable(model)
+
+    def test_a_hook_around_the_method_is_no_obstacle(self):
+        """As expert parallelism and accelerate put around a forward: the registry is still asked inside."""
+        model, ids_BS = build("mixtral"), tokens(1, 5)
+        want = model(ids_BS).logits
+        experts = model.model.layers[0].mlp.experts
+        inner = experts.forward
+        experts.forward = lambda *args: inner(*args)
+        enable(model)
+        with testing.Recorder() as recorder:
+            close({"logits": model(ids_BS).logits}, {"logits": want})
+        assert recorder.count("moe_mlp") == 2
+
+    def test_a_model_without_experts(self):
+        with pytest.raises(ValueError, match="fastmoe.enable: model must hold experts modules .* a Linear with none"):
+            enable(nn.Linear(2, 2))
+
+
+def test_experts_without_a_gate_compile_in_one_graph():
+    experts = make(NemotronHExperts, act="relu2")
+    want = step_of(experts, inputs(), "fastmoe")
+    experts.compile(fullgraph=True, backend="aot_eager")
+    close(step_of(experts, inputs(), "fastmoe"), want, 1e-6)
+    torch._dynamo.reset()
 
 
 def test_importing_the_door_leaves_transformers_alone():
