@@ -271,7 +271,7 @@ stop = threading.Event()
 def churn():
     while not stop.is_set():
         native.empty(2 * MIB)
-thread = threading.Thread(target=churn)
+thread = threading.Thread(target=churn, daemon=True)
 thread.start()
 for _ in range(10):
     child = os.fork()
