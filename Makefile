@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*/*.h python/*)
 
-.PHONY: train test bench lint cuda-check docs clean
+.PHONY: train test bench bench-gpu results lint cuda-check docs clean
 
 train: .venv/installed
 	$(BIN)/fastmoe train tiny
@@ -13,7 +13,13 @@ test: .venv/installed-test
 
 bench: .venv/installed-bench
 	$(BIN)/python -m benchmarks.run
-	$(BIN)/python -m benchmarks.train_tiny --record
+	$(BIN)/python -m benchmarks.report
+
+bench-gpu: .venv/installed-bench
+	$(BIN)/python -m benchmarks.run --device cuda
+	$(BIN)/python -m benchmarks.report
+
+results: .venv/installed-bench
 	$(BIN)/python -m benchmarks.report
 
 lint: .venv/installed-test

@@ -1,1 +1,1 @@
-"""`python -m benchmarks.run` times the ops against torch's, `python -m benchmarks.report` makes RESULTS.md."""
+"""`python -m benchmarks.run` times the ops against their peers, `python -m benchmarks.report` makes RESULTS.md."""

@@ -1,32 +1,33 @@
-"""The `tiny` recipe's training step against the same model as a transformers Mixtral, in one process, interleaved.
+"""The `tiny` recipe's training step against the same model as a transformers Mixtral with each experts implementation.
 
-python -m benchmarks.train_tiny [--steps 20] [--experts default|eager|grouped_mm|batched_mm] [--record]
-
-Both arms: the same weights, data, router losses, clipping by global norm and AdamW (torch's fused one for Mixtral), in
-fp32 and with bf16 autocast; the median step. Before timing, both losses are compared with the loss in float64.
+All arms: the same weights, data, router losses, clipping by global norm and AdamW (torch's fused one for Mixtral), in
+fp32 and with bf16 autocast. The loss of the first step is compared with the loss in float64.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import statistics
-import time
+import dataclasses
+from collections.abc import Callable, Iterator
 
 import torch
-from transformers import MixtralConfig, MixtralForCausalLM
 
-from benchmarks import machine
-from benchmarks.ops.harness import TOLERANCE, name_of
-from benchmarks.run import print_record, write
+from benchmarks import peers
+from benchmarks.ops.harness import TOLERANCE, Case, Outputs, name_of
+from benchmarks.peers import Shape
+from fastmoe.config import Config
 from fastmoe.nn import Transformer
 from fastmoe.optim import AdamW
 from fastmoe.optim.clip import grad_norm
-from fastmoe.trainer.recipes import RECIPES
+from fastmoe.trainer.recipes import recipe
+
+EXPERTS = ("grouped_mm", "batched_mm", "eager")
 
 
-def mixtral(model, experts: str) -> MixtralForCausalLM:
-    """A Mixtral of the same shape holding the same weights as a fastmoe Transformer."""
+def mixtral(model: Transformer, experts: str) -> torch.nn.Module:
+    """A transformers Mixtral of the same shape holding the same weights as a fastmoe Transformer."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
     c = model.config
     config = MixtralConfig(
         vocab_size=c.vocab_size,
@@ -47,8 +48,7 @@ def mixtral(model, experts: str) -> MixtralForCausalLM:
         rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
     )
     peer = MixtralForCausalLM(config)
-    if experts != "default":
-        peer.set_experts_implementation(experts)
+    peer.set_experts_implementation(experts)
     with torch.no_grad():
         peer.model.embed_tokens.weight.copy_(model.embedding)
         peer.lm_head.weight.copy_(model.head)
@@ -68,92 +68,74 @@ def mixtral(model, experts: str) -> MixtralForCausalLM:
     return peer
 
 
-def measure(config, experts: str, dtype: torch.dtype, steps: int, roofs: dict[str, float]) -> dict:
-    """The JSON record of one case, as benchmarks.ops.harness.measure makes it; the error is that of the first loss."""
-    torch.manual_seed(0)
-    ours = Transformer(config.model)
-    theirs = mixtral(ours, experts)
-    ids_BS = torch.randint(0, config.model.vocab_size, (config.train.batch_size, config.train.seq_len + 1))
+def our_step(model: Transformer, config: Config, dtype: torch.dtype, ids_BS: torch.Tensor) -> Callable[[], Outputs]:
+    """A call of one whole training step; it returns the loss before the update."""
+    optimizer = AdamW(model.parameters(), lr=1e-4)
     inputs_BS, targets_BS = ids_BS[:, :-1].contiguous(), ids_BS[:, 1:].contiguous()
+
+    def call() -> Outputs:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            out = model(inputs_BS, targets_BS)
+        (out.loss + out.aux_loss).backward()
+        optimizer.step(grad_scale=min(1.0, config.optim.clip_norm / float(grad_norm(model.parameters()))))
+        optimizer.zero_grad()
+        return [out.loss.detach()]
+
+    return call
+
+
+def their_step(model: torch.nn.Module, config: Config, dtype: torch.dtype, ids_BS: torch.Tensor):
+    """The same of a Mixtral."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    inputs_BS, targets_BS = ids_BS[:, :-1].contiguous(), ids_BS[:, 1:].contiguous()
+
+    def call() -> Outputs:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            out = model(input_ids=inputs_BS, output_router_logits=True)
+            loss = torch.nn.functional.cross_entropy(out.logits.flatten(0, 1).float(), targets_BS.flatten())
+        (loss + model.router_aux_loss_coef * out.aux_loss).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        return [loss.detach()]
+
+    return call
+
+
+def case(config: Config, dtype: torch.dtype) -> Case:
+    torch.manual_seed(0)
+    c, batch = config.model, config.train.batch_size
+    model = Transformer(c)
+    ids_BS = torch.randint(0, c.vocab_size, (batch, config.train.seq_len + 1))
+    tokens = batch * config.train.seq_len
+    double = copy.deepcopy(model).double()
     with torch.no_grad():
-        exact = float(copy.deepcopy(ours).double()(inputs_BS, targets_BS).loss)
-
-    def our_losses():
-        out = ours(inputs_BS, targets_BS)
-        return out.loss, out.aux_loss
-
-    def their_losses():
-        out = theirs(input_ids=inputs_BS, output_router_logits=True)
-        loss = torch.nn.functional.cross_entropy(out.logits.flatten(0, 1).float(), targets_BS.flatten())
-        return loss, theirs.router_aux_loss_coef * out.aux_loss
-
-    our_optimizer = AdamW(ours.parameters(), lr=1e-4)
-    their_optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-4, fused=True)
-
-    def our_update():
-        our_optimizer.step(grad_scale=min(1.0, config.optim.clip_norm / float(grad_norm(ours.parameters()))))
-        our_optimizer.zero_grad()
-
-    def their_update():
-        torch.nn.utils.clip_grad_norm_(theirs.parameters(), config.optim.clip_norm)
-        their_optimizer.step()
-        their_optimizer.zero_grad()
-
-    arms = {"fastmoe": (our_losses, our_update)}
-    arms[f"transformers Mixtral, {theirs.config._experts_implementation}"] = (their_losses, their_update)
-    errors, seconds = {}, {name: [] for name in arms}
-    for i in range(steps + 2):
-        for name, (losses, update) in arms.items():
-            start = time.perf_counter()
-            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                terms = losses()
-            sum(terms).backward()
-            update()
-            if i == 0:
-                errors[name] = abs(terms[0].item() - exact) / exact
-            elif i > 1:
-                seconds[name].append(time.perf_counter() - start)
-    work = ours.flops_per_token(config.train.seq_len) * inputs_BS.numel()
-    ms = {name: 1e3 * statistics.median(s) for name, s in seconds.items()}
-    record = {
-        "case": f"{name_of(dtype)}, {inputs_BS.numel()} tokens a step",
-        "unit": "GFLOP/s",
-        "roof": "mm",
-        "arms": {},
-    }
-    for name in arms:
-        record["arms"][name] = {"error": errors[name]}
-        if max(errors.values()) > TOLERANCE[dtype]:
-            continue
-        record["arms"][name] |= {
-            "ms": ms[name],
-            "ms_min": 1e3 * min(seconds[name]),
-            "ms_max": 1e3 * max(seconds[name]),
-            "samples": steps,
-            "rate": work / ms[name] / 1e6,
-            "of_roof": work / ms[name] / 1e6 / roofs["mm"],
-            "peak_mib": None,
-            "fastmoe_is": ms[name] / ms["fastmoe"],
-        }
-        print(f"{name}: {inputs_BS.numel() / ms[name] * 1e3:,.0f} tokens/s")
-    return record
+        exact = double(ids_BS[:, :-1].contiguous(), ids_BS[:, 1:].contiguous()).loss
+    arms = {}
+    # what batched_mm gathers in every layer is kept until the backward
+    shape = Shape(tokens * c.num_layers, c.d_model, c.d_ff, c.num_experts, c.top_k)
+    found, left_out = peers.arms(shape, torch.float32, "cpu")
+    for experts in EXPERTS:
+        if f"transformers {experts}" in found:
+            arms[f"transformers Mixtral, {experts}"] = their_step(mixtral(model, experts), config, dtype, ids_BS)
+    left_out = {f"transformers Mixtral, {e}": left_out[p] for e in EXPERTS if (p := f"transformers {e}") in left_out}
+    return Case(
+        f"{name_of(dtype)}, {tokens} tokens a step",
+        {"fastmoe": our_step(model, config, dtype, ids_BS), **arms},
+        lambda: [exact],
+        work=model.flops_per_token(config.train.seq_len) * tokens,
+        roof="mm",
+        tolerance=TOLERANCE[dtype],
+        labels={"dtype": name_of(dtype), "tokens": tokens},
+        left_out=left_out,
+    )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--experts", default="default")
-    parser.add_argument("--record", action="store_true", help="write benchmarks/results/<machine>/train_tiny.json")
-    args = parser.parse_args()
-    busy, roofs = machine.others_load(2.0), machine.roofs()
-    cases = [measure(RECIPES["tiny"](), args.experts, dtype, args.steps, roofs) for dtype in TOLERANCE]
-    for case in cases:
-        print_record(case, quick=False)
-    after = machine.others_load(1.0)
-    if args.record:
-        load = {"others_cpus": {"before": busy, "after": after}, "busy": max(busy, after) > machine.BUSY}
-        write(machine.ROOT / "benchmarks" / "results", "train_tiny", {"roofs": roofs, **load, "cases": cases})
-
-
-if __name__ == "__main__":
-    main()
+def cases(quick: bool) -> Iterator[Case]:
+    config = recipe("tiny")
+    if quick:
+        model = dataclasses.replace(config.model, num_layers=1, d_model=32, d_ff=16)
+        train = dataclasses.replace(config.train, batch_size=1, seq_len=32)
+        config = dataclasses.replace(config, model=model, train=train)
+    for dtype in TOLERANCE:
+        yield case(config, dtype)
