@@ -34,13 +34,9 @@ def build() -> Qwen3MoeForCausalLM:
     )
 
 
-def fine_tune(model: Qwen3MoeForCausalLM, steps: int) -> tuple[list[float], float]:
+def fine_tune(model: Qwen3MoeForCausalLM, batches: Batches, steps: int) -> tuple[list[float], float]:
     """(loss of every step, bytes a second); the first step warms up and is not timed."""
-    optimizer, batches, losses = (
-        torch.optim.AdamW(model.parameters(), lr=1e-3),
-        Batches(default_corpus(), "train", S),
-        [],
-    )
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-3), []
     for step in range(steps):
         if step == 1:
             start = time.perf_counter()
@@ -57,7 +53,8 @@ steps = int(sys.argv[1]) if len(sys.argv) > 1 else 40
 default, ours = build(), build()
 print(fastmoe.enable(ours))  # one line: the weights stay where they are, fastmoe.disable(ours) goes back
 
-runs = {name: fine_tune(model, steps) for name, model in (("grouped_mm", default), ("fastmoe", ours))}
+batches = Batches(default_corpus(), "train", S)
+runs = {name: fine_tune(model, batches, steps) for name, model in (("grouped_mm", default), ("fastmoe", ours))}
 print("step  " + "  ".join(f"{name:>10}" for name in runs))
 for step in sorted({*range(0, steps, 5), steps - 1}):
     print(f"{step + 1:4}  " + "  ".join(f"{losses[step]:10.5f}" for losses, _ in runs.values()))

@@ -87,12 +87,14 @@ def experts_forward(
     weights_TK = top_k_weights.reshape(ids_TK.shape)
     if weights_TK.dtype not in (x_TD.dtype, torch.float32):
         weights_TK = weights_TK.float()
-    weights = _up(self), self.down_proj
-    return ops.moe_mlp(x_TD, ids_TK, weights_TK, *weights, **layer).view(hidden_states.shape)
+    return ops.moe_mlp(x_TD, ids_TK, weights_TK, **layer).view(hidden_states.shape)
 
 
 def register() -> None:
-    """Makes experts_implementation="fastmoe" known to transformers (from_pretrained, from_config and others)."""
+    """Makes experts_implementation="fastmoe" known to transformers (from_pretrained, from_config and others).
+
+    A model whose experts class another library has replaced (Liger) never asks for it; `enable` says so.
+    """
     ExpertsInterface.register(NAME, experts_forward)
 
 
@@ -148,7 +150,7 @@ def disable(model: nn.Module) -> None:
 
 
 def _layer(where: str, experts: nn.Module) -> dict[str, object]:
-    """What moe_mlp is told about this module beside tokens, routing and projections; refuses what it cannot honour."""
+    """What moe_mlp is told beside tokens and their routing, weights included; refuses what it cannot honour."""
     if getattr(experts, "has_post_expert_norm", False):
         _refuse(where, "has_post_expert_norm", False, True)
     layer = {"transposed": experts.is_transposed, "save": getattr(experts, _SAVE, "z")}
@@ -170,14 +172,14 @@ def _layer(where: str, experts: nn.Module) -> dict[str, object]:
         if experts.has_gate and not experts.is_concatenated:
             _refuse(where, "is_concatenated", "True with the default _apply_gate", False)
         layer["activation"] = _activation(where, experts)
-    tensors = {name: getattr(experts, name) for name in (_up_name(experts), "down_proj")}
+    up = "gate_up_proj" if experts.has_gate else "up_proj"
+    names = {"gate_up_proj": up, "down_proj": "down_proj"}
     if experts.has_bias:
-        biases = {name + "_bias": getattr(experts, name + "_bias") for name in tensors}
-        layer["gate_up_bias"], layer["down_bias"] = biases.values()
-        tensors |= biases
-    for name, tensor in tensors.items():
-        if tensor.dtype not in check.FLOATS:
-            _refuse(where, name, "a float32, bfloat16, float16 or float64 tensor", tensor.dtype)
+        names |= {"gate_up_bias": up + "_bias", "down_bias": "down_proj_bias"}
+    for argument, name in names.items():
+        layer[argument] = getattr(experts, name)
+        if layer[argument].dtype not in check.FLOATS:
+            _refuse(where, name, "a float32, bfloat16, float16 or float64 tensor", layer[argument].dtype)
     return layer
 
 
@@ -193,14 +195,6 @@ def _activation(where: str, experts: nn.Module) -> str:
         wanted = "SiLU or GELU with a gate" if experts.has_gate else "GELU, ReLU or ReLU squared without a gate"
         _refuse(where, "act_fn", wanted, getattr(act, "__name__", type(act).__name__))
     return name
-
-
-def _up_name(experts: nn.Module) -> str:
-    return "gate_up_proj" if experts.has_gate else "up_proj"
-
-
-def _up(experts: nn.Module) -> torch.Tensor:
-    return experts.gate_up_proj if experts.has_gate else experts.up_proj
 
 
 def _refuse(where: str, name: str, wanted: object, got: object) -> None:
