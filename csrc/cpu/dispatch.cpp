@@ -2,30 +2,45 @@
 #include "fastmoe/adamw.h"
 #include "fastmoe/experts.h"
 #include "fastmoe/gating.h"
+#include "fastmoe/gemm.h"
 #include "fastmoe/loss.h"
 #include "fastmoe/norm.h"
 #include "fastmoe/permutation.h"
+#include <string.h>
+
 #include "workspace.h"
 
 namespace {
-template <class F>
-F pick(F baseline, F avx2, F avx512) {
+int supported() {
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq"))
-        return avx512;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return avx2;
-    return baseline;
+    if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))) return 0;
+    if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")))
+        return 1;
+    return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
 }
+int level = supported();
+constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512bf16"};
 }  // namespace
 
-#define FM_DISPATCH(name)                                                             \
-    extern "C" fm_status name##_baseline(name##_args*);                               \
-    extern "C" fm_status name##_avx2(name##_args*);                                   \
-    extern "C" fm_status name##_avx512(name##_args*);                                 \
-    fm_status name(name##_args* a) {                                                  \
-        static const auto chosen = pick(name##_baseline, name##_avx2, name##_avx512); \
-        return chosen(a);                                                             \
+const char* fm_isa(void) { return kNames[level]; }
+fm_status fm_limit_isa(const char* name) {
+    for (int i = 0; i <= supported(); ++i)
+        if (strcmp(name, kNames[i]) == 0) {
+            level = i;
+            return FM_OK;
+        }
+    return FM_BAD_VALUE;
+}
+
+#define FM_DISPATCH(name)                                                                                              \
+    extern "C" fm_status name##_baseline(name##_args*);                                                                \
+    extern "C" fm_status name##_avx2(name##_args*);                                                                    \
+    extern "C" fm_status name##_avx512(name##_args*);                                                                  \
+    extern "C" fm_status name##_avx512bf16(name##_args*);                                                              \
+    fm_status name(name##_args* a) {                                                                                   \
+        fm_status (*const kernels[])(name##_args*) = {name##_baseline, name##_avx2, name##_avx512, name##_avx512bf16}; \
+        return kernels[level](a);                                                                                      \
     }
 
 FM_DISPATCH(fm_adamw_step_cpu)
@@ -33,6 +48,8 @@ FM_DISPATCH(fm_moe_mlp_cpu)
 FM_DISPATCH(fm_moe_mlp_backward_cpu)
 FM_DISPATCH(fm_topk_gate_cpu)
 FM_DISPATCH(fm_topk_gate_backward_cpu)
+FM_DISPATCH(fm_linear_cpu)
+FM_DISPATCH(fm_linear_backward_cpu)
 FM_DISPATCH(fm_linear_cross_entropy_cpu)
 FM_DISPATCH(fm_rms_norm_cpu)
 FM_DISPATCH(fm_rms_norm_backward_cpu)
@@ -43,11 +60,27 @@ FM_DISPATCH(fm_unpermute_cpu)
 FM_DISPATCH(fm_unpermute_backward_cpu)
 
 int64_t fm_build_routing_workspace(int64_t, int64_t, int64_t E) { return 16 * E; }
-int64_t fm_moe_mlp_workspace(int64_t R, int64_t E, int64_t D, int64_t F, int num_threads) {
-    return fm_workspace::Forward(nullptr, R, E, D, F, num_threads).floats * int64_t(sizeof(float));
+
+namespace {
+/* f(Between, Stored) with the types that the kernels will take. */
+template <class F>
+int64_t with_types(fm_dtype dtype, F f) {
+    if (dtype == FM_F32) return f(float(), float());
+    return dtype == FM_BF16 && level == 3 ? f(uint16_t(), uint16_t()) : f(float(), uint16_t());
 }
-int64_t fm_moe_mlp_backward_workspace(int64_t R, int64_t E, int64_t D, int64_t F, int num_threads) {
-    return fm_workspace::Backward(nullptr, R, E, D, F, num_threads).floats * int64_t(sizeof(float));
+}  // namespace
+int64_t fm_moe_mlp_workspace(const fm_moe_layer* l) {
+    return with_types(l->dtype, [&](auto between, auto) {
+        return fm_workspace::Forward<decltype(between)>(nullptr, *l).floats * int64_t(sizeof(float));
+    });
+}
+int64_t fm_moe_mlp_backward_workspace(const fm_moe_layer* l) {
+    return with_types(l->dtype, [&](auto between, auto stored) {
+        return fm_workspace::Backward<decltype(between), decltype(stored)>(nullptr, *l).floats * int64_t(sizeof(float));
+    });
+}
+int64_t fm_linear_workspace(int num_threads) {
+    return num_threads * fm_workspace::aligned(fm_workspace::kThreadFloats) * int64_t(sizeof(float));
 }
 int64_t fm_linear_cross_entropy_workspace(int64_t T, int64_t V, int num_threads) {
     return fm_workspace::Loss(nullptr, T, V, num_threads).floats * int64_t(sizeof(float));

@@ -3,6 +3,7 @@
 from fastmoe.ops.adamw import adamw_step
 from fastmoe.ops.experts import moe_mlp
 from fastmoe.ops.gating import topk_gate
+from fastmoe.ops.gemm import linear
 from fastmoe.ops.loss import linear_cross_entropy
 from fastmoe.ops.norm import rms_norm
 from fastmoe.ops.permutation import Routing, build_routing, build_routing_from_experts, permute, unpermute
@@ -12,6 +13,7 @@ __all__ = [
     "adamw_step",
     "build_routing",
     "build_routing_from_experts",
+    "linear",
     "linear_cross_entropy",
     "moe_mlp",
     "permute",
