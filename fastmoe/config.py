@@ -24,6 +24,9 @@ class ModelConfig:
     capacity_factor: float | None = None  # None: dropless; else an expert keeps ceil(factor * T * K / E) rows
     router_score: str = "softmax"
     renormalize: bool = True
+    activation: str = "swiglu"  # of every feed-forward, routed, shared and dense; fastmoe.ops.moe_mlp lists them
+    bias: bool = False  # in every feed-forward
+    save_activations: str = "z"  # of the experts, for backward: "z", "z8" in 8 bits, "x" none but their input
     aux_loss_weight: float = 0.01
     z_loss_weight: float = 1e-3
     rope_theta: float = 10000.0

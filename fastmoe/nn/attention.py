@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
+
+from fastmoe import ops
 
 
 class KVCache:
@@ -47,7 +49,7 @@ class Attention(nn.Module):
     def forward(self, x_BSD: torch.Tensor, cache: KVCache | None = None, layer: int = 0) -> torch.Tensor:
         B, S, D = x_BSD.shape
         sizes = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
-        qkv = linear(x_BSD, self.qkv_proj).view(B, S, -1, self.head_dim).transpose(1, 2)
+        qkv = ops.linear(x_BSD, self.qkv_proj).view(B, S, -1, self.head_dim).transpose(1, 2)
         q_BNSH, k_BNSH, v_BNSH = qkv.split(sizes, dim=1)
         start = cache.length if cache else 0
         cos_SH, sin_SH = self._angles(start, S, x_BSD.device, qkv.dtype)
@@ -61,7 +63,7 @@ class Attention(nn.Module):
         o_BNSH = scaled_dot_product_attention(
             q_BNSH, k_BNSH, v_BNSH, mask, is_causal=mask is None, enable_gqa=self.num_kv_heads != self.num_heads
         )
-        return linear(o_BNSH.transpose(1, 2).reshape(B, S, D), self.out_proj)
+        return ops.linear(o_BNSH.transpose(1, 2).reshape(B, S, D), self.out_proj)
 
     def _angles(
         self, start: int, S: int, device: torch.device, dtype: torch.dtype

@@ -28,7 +28,8 @@ class MoE(nn.Module):
     """A drop-in feed-forward: `y = MoE(d_model=512, d_ff=1024, num_experts=32, top_k=2)(x).y` for x [..., D].
 
     num_shared_experts: experts that see every token, added to the routed sum. capacity_factor: None keeps every row;
-    else an expert keeps ceil(factor * T * K / E) rows, first choices first.
+    else an expert keeps ceil(factor * T * K / E) rows, first choices first. activation, bias: of the routed and the
+    shared experts. save: what the routed experts keep for backward. All three as in Experts.
     """
 
     def __init__(
@@ -42,6 +43,9 @@ class MoE(nn.Module):
         capacity_factor: float | None = None,
         score: str = "softmax",
         renormalize: bool = True,
+        activation: str = "swiglu",
+        bias: bool = False,
+        save: str = "z",
         aux_loss_weight: float = 0.01,
         z_loss_weight: float = 1e-3,
         init_std: float = 0.02,
@@ -57,8 +61,12 @@ class MoE(nn.Module):
         if capacity_factor is not None and capacity_factor <= 0:
             raise ValueError(f"fastmoe.MoE: capacity_factor must be None or positive, got {capacity_factor}")
         self.router = Router(d_model, num_experts, top_k, score, renormalize)
-        self.experts = Experts(d_model, d_ff, num_experts, init_std, out_std)
-        self.shared = FeedForward(d_model, num_shared_experts * d_ff, init_std, out_std) if num_shared_experts else None
+        self.experts = Experts(d_model, d_ff, num_experts, init_std, out_std, activation, bias, save)
+        self.shared = (
+            FeedForward(d_model, num_shared_experts * d_ff, init_std, out_std, activation, bias)
+            if num_shared_experts
+            else None
+        )
         self.capacity_factor, self.aux_loss_weight, self.z_loss_weight = capacity_factor, aux_loss_weight, z_loss_weight
 
     def forward(self, x: torch.Tensor) -> MoEOutput:

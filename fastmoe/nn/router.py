@@ -27,5 +27,5 @@ class Router(nn.Module):
 
     def forward(self, x_TD: torch.Tensor) -> RouterOutput:
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = nn.functional.linear(x_TD.float(), self.weight.float())
+            logits_TE = ops.linear(x_TD.float(), self.weight.float())
             return RouterOutput(*ops.topk_gate(logits_TE, self.top_k, self.score, self.renormalize), logits_TE)

@@ -36,7 +36,7 @@ class Block(nn.Module):
         )
         self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps)
         self.feed_forward = (
-            FeedForward(config.d_model, config.d_ff_dense, config.init_std, out_std)
+            FeedForward(config.d_model, config.d_ff_dense, config.init_std, out_std, config.activation, config.bias)
             if dense
             else MoE(
                 config.d_model,
@@ -47,6 +47,9 @@ class Block(nn.Module):
                 capacity_factor=config.capacity_factor,
                 score=config.router_score,
                 renormalize=config.renormalize,
+                activation=config.activation,
+                bias=config.bias,
+                save=config.save_activations,
                 aux_loss_weight=config.aux_loss_weight,
                 z_loss_weight=config.z_loss_weight,
                 init_std=config.init_std,
@@ -124,9 +127,9 @@ class Transformer(nn.Module):
             loss = ops.linear_cross_entropy(x_BSD.flatten(0, 1), self.head, targets_BS.flatten())
         elif cache is not None:
             cache.length += ids_BS.shape[1]
-            logits_BSV = nn.functional.linear(x_BSD[:, -1:], self.head)
+            logits_BSV = ops.linear(x_BSD[:, -1:], self.head)
         else:
-            logits_BSV = nn.functional.linear(x_BSD, self.head)
+            logits_BSV = ops.linear(x_BSD, self.head)
         none = torch.zeros(0, dtype=torch.int64, device=ids_BS.device)
         aux, load, dropped, nan = ([row[i] for row in routed] for i in range(4))
         return Output(
@@ -146,14 +149,16 @@ class Transformer(nn.Module):
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
+    def matrices(self) -> dict[str, nn.Parameter]:
+        """The weight matrices by name, all parameters but norms and biases: what weight decay and FLOPs count."""
+        return {name: p for name, p in self.named_parameters() if p.ndim >= 2 and not name.endswith("_bias")}
+
     def flops_per_token(self, seq_len: int) -> float:
         """Forward and backward: 6 per active weight, 6 * S * D a layer for causal attention (backward twice the
         forward).
         """
-        config = self.config
-        routed = sum(p.numel() for name, p in self.named_parameters() if ".experts." in name)
-        matrices = sum(p.numel() for p in self.parameters() if p.ndim >= 2) - (
-            0 if config.tie_embeddings else self.embedding.numel()
-        )
-        active = matrices - routed + routed * config.top_k / config.num_experts
+        config, sizes = self.config, {name: p.numel() for name, p in self.matrices().items()}
+        routed = sum(size for name, size in sizes.items() if ".experts." in name)
+        read = 0 if config.tie_embeddings else self.embedding.numel()  # looked up, not multiplied by
+        active = sum(sizes.values()) - read - routed + routed * config.top_k / config.num_experts
         return 6 * active + 6 * config.num_layers * seq_len * config.d_model

@@ -6,6 +6,7 @@ import difflib
 from dataclasses import dataclass
 
 from fastmoe.config import ModelConfig
+from fastmoe.ops.experts import GATED
 
 
 @dataclass(frozen=True)
@@ -350,7 +351,7 @@ def preset(name: str) -> Preset:
 
 
 def from_config(config: ModelConfig, name: str = "config") -> Preset:
-    """The fastmoe.nn.Transformer of this config as a Preset; its norms, D*(2*layers + 1) parameters, are left out."""
+    """The fastmoe.nn.Transformer of this config as a Preset, without biases and norms (D*(2*layers + 1) parameters)."""
     heads = config.num_heads
     return Preset(
         name,
@@ -358,7 +359,7 @@ def from_config(config: ModelConfig, name: str = "config") -> Preset:
         config.num_layers - config.num_dense_layers,
         config.d_model,
         config.d_ff,
-        3,
+        3 if config.activation in GATED else 2,
         config.num_experts,
         config.top_k,
         config.num_shared_experts,

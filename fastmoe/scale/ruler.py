@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from fastmoe.ops.experts import Z8_BLOCK
+
 BUCKET_BYTES = 2 * 5e8  # gradients travel in buckets of 5e8 half-precision elements
 
 
@@ -108,14 +110,15 @@ def moe_activation_bytes(
     """Bytes that the expert op keeps for backward, 16-bit storage; the fused op's ~16*T*K bytes of indices are in.
 
     save: "all" permuted x, z and the activation (no indices), "z" x and z (fastmoe's default), "z8" x and z in 8 bits
-    with a 4-byte scale a row, "x" x alone.
+    with a 2-byte scale for every 64 columns of d_ff, "x" x alone.
     """
     x_bytes, slots = 2 * tokens * d_model, tokens * top_k
-    z_elements = slots * d_ff * (2 if gated else 1)
+    halves = 2 if gated else 1
+    z_elements, scales = slots * halves * d_ff, slots * halves * -(-d_ff // Z8_BLOCK)
     kept = {
         "all": 2 * slots * d_model + 2 * z_elements + 2 * slots * d_ff,
         "z": x_bytes + 2 * z_elements + 16 * slots,
-        "z8": x_bytes + z_elements + 4 * slots + 16 * slots,
+        "z8": x_bytes + z_elements + 2 * scales + 16 * slots,
         "x": x_bytes + 16 * slots,
     }
     if save not in kept:

@@ -87,7 +87,8 @@ class _Run:
         self.forward = torch.compile(self.model) if config.train.compile else self.model
         self.parameters = list(self.model.parameters())
         optim = config.optim
-        decayed, kept = ([p for p in self.parameters if (p.ndim >= 2) == matrix] for matrix in (True, False))
+        matrices = self.model.matrices()
+        decayed, kept = list(matrices.values()), [p for n, p in self.model.named_parameters() if n not in matrices]
         groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": kept, "weight_decay": 0.0}]
         self.optimizer = AdamW(groups, optim.lr, (optim.beta1, optim.beta2), optim.eps)
         self.step, self.position, self.seconds, self.saved = 0, 0, 0.0, None

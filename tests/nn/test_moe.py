@@ -1,11 +1,41 @@
+import math
 import re
 
 import pytest
 import torch
-from torch.nn.functional import silu
 
 from fastmoe import nn, ops, testing
+from fastmoe.ops.experts import ACTIVATIONS, GATED, SAVES
 from fastmoe.testing import draw
+
+
+def activated(z, kind):
+    """The activation of a pre-activation [..., 2F] (gate first) or [..., F], by its formula."""
+    gate, up = z.chunk(2, -1) if kind in GATED else (z, 1)
+    if kind == "swiglu":
+        return gate / (1 + torch.exp(-gate)) * up
+    if kind == "clamped_swiglu":
+        gate, up = torch.where(gate > 7, 7, gate), torch.where(up.abs() > 7, 7 * up.sign(), up)
+        return gate / (1 + torch.exp(-1.702 * gate)) * (up + 1)
+    if kind in ("geglu", "gelu"):
+        return gate * (1 + torch.erf(gate / 2**0.5)) / 2 * up
+    if kind in ("geglu_tanh", "gelu_tanh"):
+        return gate * (1 + torch.tanh((2 / math.pi) ** 0.5 * (gate + 0.044715 * gate**3))) / 2 * up
+    return torch.where(gate > 0, gate, 0) ** (2 if kind == "relu2" else 1)
+
+
+def feed_forward(module, x_D, e=None):
+    """A FeedForward, or expert e of Experts, on one row."""
+    pick = lambda weight: 0 if weight is None else weight if e is None else weight[e]
+    z = pick(module.gate_up_proj) @ x_D + pick(module.gate_up_bias)
+    return pick(module.down_proj) @ activated(z, module.activation) + pick(module.down_bias)
+
+
+def shake_biases(module):
+    """Biases start at 0: draws others."""
+    for i, (name, param) in enumerate(module.named_parameters()):
+        if name.endswith("_bias"):
+            param.data.copy_(draw(*param.shape, scale=0.3, seed=i))
 
 
 def oracle(moe, x_TD, capacity=None):
@@ -31,11 +61,9 @@ def oracle(moe, x_TD, capacity=None):
         for k in range(K):
             if (t, k) in kept:
                 e = int(ids_TK[t, k])
-                gate_F, up_F = (moe.experts.gate_up_proj[e] @ x_TD[t]).chunk(2)
-                y_D = y_D + weights_K[k] * (moe.experts.down_proj[e] @ (silu(gate_F) * up_F))
+                y_D = y_D + weights_K[k] * feed_forward(moe.experts, x_TD[t], e)
         if moe.shared is not None:
-            gate, up = (moe.shared.gate_up_proj @ x_TD[t]).chunk(2)
-            y_D = y_D + moe.shared.down_proj @ (silu(gate) * up)
+            y_D = y_D + feed_forward(moe.shared, x_TD[t])
         rows.append(y_D)
     T = x_TD.shape[0]
     balance = E * sum(load[e] / (T * K) * probs_TE[:, e].mean() for e in range(E))
@@ -51,6 +79,16 @@ OPTIONS = [
     {"score": "sigmoid"},
     {"renormalize": False},
     {"capacity_factor": 0.5, "num_shared_experts": 1, "score": "sigmoid", "renormalize": False},
+    *({"activation": kind, "num_shared_experts": 1} for kind in ACTIVATIONS[1:]),
+    {"bias": True, "num_shared_experts": 1, "capacity_factor": 0.7},
+    {
+        "bias": True,
+        "num_shared_experts": 1,
+        "activation": "clamped_swiglu",
+        "init_std": 1.0,
+        "out_std": 0.1,
+    },  # reaches the limit
+    {"bias": True, "num_shared_experts": 1, "activation": "relu2", "save": "x"},
 ]
 
 
@@ -58,7 +96,8 @@ OPTIONS = [
 @pytest.mark.parametrize("T", [1, 23])
 def test_moe_by_brute_force(options, T):
     torch.manual_seed(0)
-    moe = nn.MoE(12, 7, 5, 2, init_std=0.3, **options)
+    moe = nn.MoE(12, 7, 5, 2, **{"init_std": 0.3} | options)
+    shake_biases(moe)
     twin = nn.MoE(12, 7, 5, 2, **options).double()
     twin.load_state_dict(moe.state_dict())
     x_TD, dy_TD = draw(T, 12).requires_grad_(), draw(T, 12, seed=1)
@@ -76,6 +115,49 @@ def test_moe_by_brute_force(options, T):
         torch.testing.assert_close(
             param.grad.double(), param64.grad, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
         )
+
+
+def test_what_is_saved_changes_no_result():
+    x_TD, results, kept = draw(40, 12), {}, {}
+    for save in SAVES:
+        torch.manual_seed(0)
+        moe = nn.MoE(12, 70, 5, 2, init_std=0.3, save=save)
+        with testing.Recorder() as recorder:
+            out = moe(x_TD)
+        out.y.square().sum().backward()
+        (kept[save],) = (out[1] for name, _, out in recorder.calls if name == "moe_mlp")
+        results[save] = [out.y.detach(), *(param.grad for param in moe.parameters())]
+    assert [kept[save].dtype for save in ("z", "z8")] == [torch.float32, torch.int8] and kept["x"].numel() == 0
+    for save in ("z8", "x"):
+        testing.assert_bit_equal(results[save][0], results["z"][0], save)
+        for got, want in zip(results[save][1:], results["z"][1:]):
+            assert (got - want).norm() <= (2e-2 if save == "z8" else 1e-6) * want.norm()
+
+
+def test_weights_have_the_layout_of_the_op():
+    experts = nn.Experts(12, 7, 5, activation="relu2", bias=True)
+    assert {name: list(p.shape) for name, p in experts.named_parameters()} == {
+        "gate_up_proj": [5, 7, 12],
+        "down_proj": [5, 12, 7],
+        "gate_up_bias": [5, 7],
+        "down_bias": [5, 12],
+    }
+    assert bool((experts.gate_up_bias == 0).all() and (experts.down_bias == 0).all())
+    assert list(nn.FeedForward(12, 7, bias=True).gate_up_bias.shape) == [14]
+    assert [name for name, _ in nn.Experts(12, 7, 5).named_parameters()] == ["gate_up_proj", "down_proj"]
+
+
+@pytest.mark.parametrize(
+    ("message", "make"),
+    [
+        ("Experts: activation must be 'swiglu' or", lambda: nn.MoE(8, 8, 4, 2, activation="silu")),
+        ("Experts: save must be 'z' or 'z8' or 'x', got 'y'", lambda: nn.MoE(8, 8, 4, 2, save="y")),
+        ("FeedForward: activation must be 'swiglu' or", lambda: nn.FeedForward(8, 8, activation="silu")),
+    ],
+)
+def test_bad_options(message, make):
+    with pytest.raises(ValueError, match=re.escape("fastmoe." + message)):
+        make()
 
 
 def test_any_leading_shape():
@@ -111,7 +193,7 @@ def test_autocast_keeps_the_router_in_float32():
     with testing.Recorder() as recorder, torch.autocast("cpu", torch.bfloat16):
         out = moe(x_TD)
     (logits_TE,) = (args[0] for name, args, _ in recorder.calls if name == "topk_gate")
-    assert logits_TE.dtype == torch.float32 and torch.equal(logits_TE, x_TD @ moe.router.weight.t())
+    assert logits_TE.dtype == torch.float32 and torch.equal(logits_TE, ops.linear(x_TD, moe.router.weight))
     assert out.y.dtype == torch.bfloat16 and out.aux_loss.dtype == torch.float32
 
 
@@ -131,7 +213,7 @@ def test_frozen_experts_still_train_the_router():
     with testing.Recorder() as recorder:
         moe(draw(9, 12)).y.square().sum().backward()
     (grads,) = (out for name, _, out in recorder.calls if name == "moe_mlp_backward")
-    assert [grad.numel() for grad in grads] == [0, 18, 0, 0] and bool((moe.router.weight.grad != 0).any())
+    assert [grad.numel() for grad in grads] == [0, 18, 0, 0, 0, 0] and bool((moe.router.weight.grad != 0).any())
 
 
 def test_experts_sort_for_themselves():

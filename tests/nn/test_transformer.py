@@ -3,10 +3,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy, rms_norm, silu
+from torch.nn.functional import cross_entropy, rms_norm
 
 from fastmoe import nn, testing
 from fastmoe.config import ModelConfig
+from tests.nn.test_moe import activated, shake_biases
 
 SMALL = ModelConfig(
     vocab_size=50,
@@ -29,12 +30,16 @@ VARIANTS = {
     "all_dense": replace(SMALL, num_dense_layers=3),
     "tied": replace(SMALL, tie_embeddings=True),
     "sigmoid": replace(SMALL, router_score="sigmoid", num_dense_layers=0),
+    "biased": replace(SMALL, activation="clamped_swiglu", bias=True, num_shared_experts=1, save_activations="x"),
+    "ungated": replace(SMALL, activation="relu2", num_shared_experts=1),
 }
 
 
 def make(config, seed=0):
     torch.manual_seed(seed)
-    return nn.Transformer(config)
+    model = nn.Transformer(config)
+    shake_biases(model)
+    return model
 
 
 def batch(B=2, S=17, V=50):
@@ -73,8 +78,10 @@ def oracle_logits(model, ids_BS):
             out = block.feed_forward(h_BSD)
             x_BSD, aux = x_BSD + out.y, aux + out.aux_loss
         else:
-            gate, up = (h_BSD @ block.feed_forward.gate_up_proj.t()).chunk(2, -1)
-            x_BSD = x_BSD + (silu(gate) * up) @ block.feed_forward.down_proj.t()
+            dense = block.feed_forward
+            z = h_BSD @ dense.gate_up_proj.t() + (dense.gate_up_bias if config.bias else 0)
+            y_BSD = activated(z, config.activation) @ dense.down_proj.t() + (dense.down_bias if config.bias else 0)
+            x_BSD = x_BSD + y_BSD
     return rms_norm(x_BSD, (config.d_model,), model.norm.weight, config.norm_eps) @ model.head.t(), aux
 
 
@@ -259,6 +266,34 @@ def test_a_full_cache_names_itself():
 def test_a_target_outside_the_vocabulary_names_the_op():
     with pytest.raises(ValueError, match=r"fastmoe\.linear_cross_entropy: targets_T"):
         make(SMALL)(torch.zeros(1, 4, dtype=torch.int64), torch.full((1, 4), 50))
+
+
+def test_the_config_says_what_experts_save():
+    ids_BS, targets_BS = batch()
+    kept, grads = {}, {}
+    for save in ("z", "z8"):
+        _, grads[save], recorder = gradients(make(replace(SMALL, save_activations=save)), ids_BS, targets_BS)
+        kept[save] = [out[1].dtype for name, _, out in recorder.calls if name == "moe_mlp"]
+    assert kept == {"z": [torch.float32] * 2, "z8": [torch.int8] * 2}
+    for label, want in grads["z"].items():
+        assert (grads["z8"][label] - want).norm() <= 3e-2 * want.norm(), label
+
+
+def test_matrices_are_all_but_norms_and_biases():
+    model = make(replace(SMALL, num_layers=2, bias=True, num_shared_experts=1))
+    left_out = {name for name, _ in model.named_parameters()} - model.matrices().keys()
+    norms = {f"layers.{i}.{kind}_norm.weight" for i in (0, 1) for kind in ("attention", "feed_forward")} | {
+        "norm.weight"
+    }
+    places = ("layers.0.feed_forward", "layers.1.feed_forward.experts", "layers.1.feed_forward.shared")
+    assert left_out == norms | {f"{place}.{side}_bias" for place in places for side in ("gate_up", "down")}
+
+
+@pytest.mark.parametrize("activation, halves", [("geglu", 2), ("gelu", 1)])
+def test_flops_follow_the_activation(activation, halves):
+    config = replace(SMALL, num_dense_layers=0, num_layers=1, activation=activation, bias=True)
+    attention, experts, router, head = 4 * 16 * 16, 2 * (halves + 1) * 16 * 8, 4 * 16, 50 * 16
+    assert make(config).flops_per_token(10) == 6 * (attention + experts + router + head) + 6 * 10 * 16
 
 
 def test_flops_count_the_active_weights():

@@ -128,12 +128,18 @@ def test_only_what_the_authors_state_is_published():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, dict(tie_embeddings=True, num_shared_experts=2, num_kv_heads=2, num_dense_layers=1)]
+    "options",
+    [
+        {},
+        dict(tie_embeddings=True, num_shared_experts=2, num_kv_heads=2, num_dense_layers=1),
+        dict(activation="relu2", num_shared_experts=1, num_dense_layers=1),
+        dict(activation="clamped_swiglu", bias=True, num_dense_layers=1),
+    ],
 )
 def test_a_config_counts_what_the_model_holds(options):
     config = ModelConfig(d_model=32, num_layers=3, num_experts=4, d_ff=24, d_ff_dense=40, **options)
-    held = sum(parameter.numel() for parameter in Transformer(config).parameters())
-    assert from_config(config).total_params == held - 32 * (2 * 3 + 1)  # all but the norms
+    held = sum(parameter.numel() for parameter in Transformer(config).matrices().values())
+    assert from_config(config).total_params == held
 
 
 def test_an_unknown_name_is_refused_with_the_nearest():

@@ -71,7 +71,7 @@ def test_moe_activation_bytes(gated):
     kept = lambda save: moe_activation_bytes(T, D, F, K, gated, save)
     assert kept("all") == 2 * K * T * (D + 2 * F) + (2 * K * T * F if gated else 0)
     assert kept("z") == 2 * T * D + (4 if gated else 2) * T * K * F + 16 * T * K
-    assert kept("z8") == 2 * T * D + (2 if gated else 1) * T * K * F + 4 * T * K + 16 * T * K
+    assert kept("z8") == 2 * T * D + (2 if gated else 1) * T * K * (F + 2 * 2) + 16 * T * K  # 96 columns: 2 scales
     assert kept("x") == 2 * T * D + 16 * T * K
     with pytest.raises(ValueError, match="save must be one of 'all', 'z', 'z8', 'x', got 'y'"):
         kept("y")
