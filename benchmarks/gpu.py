@@ -22,13 +22,13 @@ def experts(quick: bool) -> Iterator[Case]:
 
 
 def fused(logits_TE: torch.Tensor, K: int) -> Outputs:
-    """Weights, ids, rows, offsets and tiles by topk_gate, build_routing and the expert layer's own tile kernel."""
+    """Weights, ids, rows, offsets, the tiles and how many there are by topk_gate, build_routing and the tile kernel."""
     from fastmoe.ops.experts import kernels
 
     weights_TK, ids_TK, _ = ops.topk_gate(logits_TE, K)
     routing = ops.build_routing(ids_TK, logits_TE.shape[1])
-    tiles, _ = kernels._row_tiles(routing.offsets, ids_TK.numel(), BLOCK_M)
-    return [weights_TK, ids_TK, *routing, tiles]
+    tiles, first, _ = kernels._Tiles(routing.offsets, ids_TK.numel())(BLOCK_M)
+    return [weights_TK, ids_TK, *routing, tiles, first]
 
 
 def composite(logits_TE: torch.Tensor, K: int) -> Outputs:
@@ -44,11 +44,13 @@ def composite(logits_TE: torch.Tensor, K: int) -> Outputs:
     ends_E = ((counts_E + BLOCK_M - 1) // BLOCK_M).cumsum(0)
     tile_I = torch.arange(-(-T * K // BLOCK_M) + min(E, T * K), device=flat_R.device)
     expert_I = torch.searchsorted(ends_E, tile_I, right=True)
-    used_I, expert_I = expert_I < E, expert_I.clamp(max=E - 1)
-    first_I = torch.where(expert_I > 0, ends_E[expert_I - 1], 0)
-    row_I = offsets[expert_I] + (tile_I - first_I) * BLOCK_M
-    tiles = torch.stack([torch.where(used_I, expert_I, -1), row_I, offsets[expert_I + 1]], 1)
-    return [weights_TK, ids_TK.int(), src_row_R.int(), dst_row_R.view_as(ids_TK).int(), offsets.int(), tiles.int()]
+    expert_I = expert_I.clamp(max=E - 1)
+    first = pad(ends_E, (1, 0))
+    row_I = offsets[expert_I] + (tile_I - first[expert_I]) * BLOCK_M
+    tiles = torch.stack([expert_I, row_I, offsets[expert_I + 1]], 1)
+    first = torch.cat([first[-1:], first[:-1]])
+    rows = src_row_R.int(), dst_row_R.view_as(ids_TK).int(), offsets.int()
+    return [weights_TK, ids_TK, *rows, tiles.int(), first.int()]
 
 
 def without_waiting(call) -> Outputs:
@@ -62,9 +64,9 @@ def without_waiting(call) -> Outputs:
 
 
 def used_tiles(outputs: Outputs) -> Outputs:
-    """Tiles of no expert may hold anything."""
-    *rest, tiles = outputs
-    return [*rest, tiles[tiles[:, 0] >= 0]]
+    """Spare tiles may hold anything."""
+    *rest, tiles, first = outputs
+    return [*rest, tiles[: int(first[0])], first]
 
 
 def metadata(quick: bool) -> Iterator[Case]:

@@ -54,27 +54,28 @@ class Problem:
         return with_grads(lambda x, *rest: [layer(x, self.ids_TK, *rest)], inputs, [self.dy_TD])
 
     def exact(self) -> Outputs:
-        """A step in float64, a few experts at a time; the projections' gradients of the touched experts only."""
+        """A step in float64, some experts and rows at a time; the projections' gradients of touched experts only."""
         _, D, F, E, K = self.shape
         flat_R, weights_R, chunk = self.ids_TK.view(-1), self.weights_TK.view(-1), max(1, (1 << 26) // (3 * D * F))
         order_R, counts_E = flat_R.argsort(stable=True), torch.bincount(flat_R, minlength=E)
         double = {"dtype": torch.float64, "device": flat_R.device}
         y_TD, dx_TD, dweights_R = (torch.zeros(like.shape, **double) for like in (self.x_TD, self.x_TD, flat_R))
         gate_up, down = (
-            torch.empty(len(self.touched), *like.shape[1:], **double) for like in (self.gate_up_proj, self.down_proj)
+            torch.zeros(len(self.touched), *like.shape[1:], **double) for like in (self.gate_up_proj, self.down_proj)
         )
         for i, experts in enumerate(self.touched.split(chunk)):
-            counts = counts_E[experts]
-            slots, order_R = order_R.tensor_split([int(counts.sum())])
-            token = slots // K
-            inputs = (self.x_TD[token], weights_R[slots], self.gate_up_proj[experts], self.down_proj[experts])
-            leaves = [tensor.double().requires_grad_() for tensor in inputs]
-            y_RD = leaves[1][:, None] * peers.loop(leaves[0], counts, *leaves[2:])
-            dx_RD, dweights_R[slots], *grads = torch.autograd.grad(y_RD, leaves, self.dy_TD[token].double())
-            y_TD.index_add_(0, token, y_RD.detach())
-            dx_TD.index_add_(0, token, dx_RD)
-            for out, grad in zip((gate_up, down), grads):
-                out[i * chunk : (i + 1) * chunk] = grad
+            slots_r, order_R = order_R.tensor_split([int(counts_E[experts].sum())])
+            for slots in slots_r.split(1 << 16):
+                token = slots // K
+                counts = torch.bincount(torch.searchsorted(experts, flat_R[slots]), minlength=len(experts))
+                inputs = (self.x_TD[token], weights_R[slots], self.gate_up_proj[experts], self.down_proj[experts])
+                leaves = [tensor.double().requires_grad_() for tensor in inputs]
+                y_RD = leaves[1][:, None] * peers.loop(leaves[0], counts, *leaves[2:])
+                dx_RD, dweights_R[slots], *grads = torch.autograd.grad(y_RD, leaves, self.dy_TD[token].double())
+                y_TD.index_add_(0, token, y_RD.detach())
+                dx_TD.index_add_(0, token, dx_RD)
+                for out, grad in zip((gate_up, down), grads):
+                    out[i * chunk : (i + 1) * chunk] += grad
         return [y_TD, dx_TD, dweights_R.view_as(self.ids_TK), gate_up, down]
 
     def compared(self, outputs: Outputs) -> Outputs:

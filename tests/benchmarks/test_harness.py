@@ -105,12 +105,13 @@ def test_without_a_gpu_bench_gpu_says_so(monkeypatch, capsys):
 def test_the_composite_makes_the_same_tiles_as_a_loop():
     torch.manual_seed(0)
     logits_TE = torch.randn(700, 3)
-    *_, offsets, tiles = gpu.used_tiles(gpu.composite(logits_TE, 2))
+    *_, offsets, tiles, first = gpu.used_tiles(gpu.composite(logits_TE, 2))
     wanted = []
     for e in range(3):
-        first, end = int(offsets[e]), int(offsets[e + 1])
-        wanted += [[e, row, end] for row in range(first, end, gpu.BLOCK_M)]
+        wanted += [[e, row, int(offsets[e + 1])] for row in range(int(offsets[e]), int(offsets[e + 1]), gpu.BLOCK_M)]
     assert tiles.tolist() == wanted
+    experts = [expert for expert, *_ in wanted]
+    assert first.tolist() == [len(wanted), *(experts.index(e) for e in range(3))]
 
 
 def test_a_machine_limited_to_avx2_is_one_of_its_own(monkeypatch):
