@@ -1,6 +1,6 @@
-/* Every source beside dispatch.cpp is compiled once per instruction set: FM_ISA is baseline, avx2 or avx512.
- * All helpers live in an unnamed namespace and no standard containers are used, so that the linker cannot merge the
- * instruction sets' copies of a function. */
+/* Every source beside dispatch.cpp is compiled once per instruction set: FM_ISA is baseline, avx2, avx512 or
+ * avx512bf16. All helpers live in an unnamed namespace and no standard containers are used, so that the linker cannot
+ * merge the instruction sets' copies of a function. */
 #pragma once
 #include "fastmoe/common.h"
 

@@ -34,6 +34,7 @@ void softmax_rows(float* logits, const int64_t* targets, int64_t m, int64_t V, i
 
 template <class S>
 void run_loss(const fm_linear_cross_entropy_cpu_args* a) {
+    using L = Lane<S>;
     const Loss ws(a->workspace, a->T, a->V, a->num_threads);
     const int64_t T = a->T, D = a->D, V = a->V;
     const Lines<S> x{static_cast<const S*>(a->x_TD), D, nullptr},
@@ -47,19 +48,20 @@ void run_loss(const fm_linear_cross_entropy_cpu_args* a) {
             float* logits = ws.dlogits + (t0 - c0) * V;
             for (int64_t v0 = 0; v0 < V; v0 += NC) {
                 const int64_t n = min64(NC, V - v0);
-                const float* c = multiply(
-                    m, n, D, memory, [&](float* out, int64_t k0, int64_t k1) { pack_lines<MR>(out, x, t0, m, k0, k1); },
-                    [&](float* out, int64_t k0, int64_t k1) { pack_lines<NR>(out, weight, v0, n, k0, k1); });
+                const float* c = multiply<L>(
+                    m, n, D, memory,
+                    [&](float* out, int64_t k0, int64_t k1) { pack_lines<MR, L>(out, x, t0, m, k0, k1); },
+                    [&](float* out, int64_t k0, int64_t k1) { pack_lines<NR, L>(out, weight, v0, n, k0, k1); });
                 for (int64_t i = 0; i < m; ++i) copy_row(c + i * NC, logits + i * V + v0, n);
             }
             softmax_rows(logits, a->targets_T + t0, m, V, a->ignore_index, ws.loss_T + t0);
             const Lines<float> dlogits{logits, V, nullptr};
             for (int64_t d0 = 0; a->dx_TD && d0 < D; d0 += NC) {
                 const int64_t n = min64(NC, D - d0);
-                const float* c = multiply(
+                const float* c = multiply<L>(
                     m, n, V, memory,
-                    [&](float* out, int64_t k0, int64_t k1) { pack_lines<MR>(out, dlogits, 0, m, k0, k1); },
-                    [&](float* out, int64_t k0, int64_t k1) { pack_columns<NR>(out, weight, d0, n, k0, k1); });
+                    [&](float* out, int64_t k0, int64_t k1) { pack_lines<MR, L>(out, dlogits, 0, m, k0, k1); },
+                    [&](float* out, int64_t k0, int64_t k1) { pack_columns<NR, L>(out, weight, d0, n, k0, k1); });
                 for (int64_t i = 0; i < m; ++i) copy_row(c + i * NC, a->dx_TD + (t0 + i) * D + d0, n);
             }
         }
@@ -70,10 +72,10 @@ void run_loss(const fm_linear_cross_entropy_cpu_args* a) {
         for (int64_t task = 0; task < v_blocks * d_blocks; ++task) {
             const int64_t v0 = task / d_blocks * each, m = min64(each, V - v0), d0 = task % d_blocks * NC,
                           n = min64(NC, D - d0);
-            const float* c = multiply(
+            const float* c = multiply<L>(
                 m, n, c1 - c0, ws.threads + omp_get_thread_num() * aligned(kThreadFloats),
-                [&](float* out, int64_t k0, int64_t k1) { pack_columns<MR>(out, dlogits, v0, m, k0, k1); },
-                [&](float* out, int64_t k0, int64_t k1) { pack_columns<NR>(out, x, d0, n, c0 + k0, c0 + k1); });
+                [&](float* out, int64_t k0, int64_t k1) { pack_columns<MR, L>(out, dlogits, v0, m, k0, k1); },
+                [&](float* out, int64_t k0, int64_t k1) { pack_columns<NR, L>(out, x, d0, n, c0 + k0, c0 + k1); });
             for (int64_t i = 0; i < m; ++i) {
                 float* to = a->dweight_VD + (v0 + i) * D + d0;
                 if (c0 == 0)

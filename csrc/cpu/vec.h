@@ -3,7 +3,7 @@
 #include <string.h>
 
 #include "isa.h"
-#if defined(__F16C__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #endif
 
@@ -104,6 +104,51 @@ inline vf load_part(const S* p, int n, float fill = 0) {
 template <class S>
 inline void store_part(S* p, vf v, int n) {
     for (int i = 0; i < n; ++i) from_float(p + i, v[i]);
+}
+#if defined(__AVX512F__)
+inline vf load_part(const float* p, int n, float fill = 0) {
+    return bit_cast<vf>(_mm512_mask_loadu_ps(_mm512_set1_ps(fill), __mmask16((1u << n) - 1), p));
+}
+inline void store_part(float* p, vf v, int n) {
+    _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), bit_cast<__m512>(v));
+}
+#endif
+
+/* n floats to memory that will not be read soon, past the caches where the addresses allow; the loads read whole
+ * vectors. After the last row of a task: stream_end. */
+inline void stream(float* p, vf v) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps(p, bit_cast<__m512>(v));
+#elif defined(__AVX__) && FM_VECTOR_BYTES == 32
+    _mm256_stream_ps(p, bit_cast<__m256>(v));
+#else
+    store(p, v);
+#endif
+}
+template <class S>
+inline void stream(S* p, vf v) {
+    S rounded[W];
+    store(rounded, v);
+#if defined(__AVX512F__)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), load_bits<__m256i>(rounded));
+#elif defined(__AVX__) && FM_VECTOR_BYTES == 32
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), load_bits<__m128i>(rounded));
+#else
+    memcpy(p, rounded, sizeof(rounded));
+#endif
+}
+template <class S>
+inline void stream_row(const float* from, S* to, int64_t n) {
+    int64_t i = 0;
+    if (uintptr_t(to) % (W * sizeof(S)) == 0)
+        for (; i + W <= n; i += W) stream(to + i, load(from + i));
+    for (; i + W <= n; i += W) store(to + i, load(from + i));
+    if (i < n) store_part(to + i, load(from + i), int(n - i));
+}
+inline void stream_end() {
+#if defined(__AVX__)
+    _mm_sfence();
+#endif
 }
 
 inline vf sqrt(vf v) {
@@ -209,6 +254,26 @@ inline vf exp(vf x) {
     return select(x < splat(-87.33654f), splat(0.f), select(x != x, x, y));
 }
 inline vf sigmoid(vf x) { return 1.f / (1.f + exp(-x)); }
+inline vf tanh(vf x) { return 1.f - 2.f / (1.f + exp(2.f * x)); }
+
+/* The error function, 4e-7 in absolute terms: x P(x^2) / Q(x^2) on [-4, 4], fitted by weighted least squares. */
+inline vf erf(vf x) {
+    const vf c = select(x > splat(4.f), splat(4.f), select(x < splat(-4.f), splat(-4.f), x)), u = c * c; /* keeps NaN */
+    vf p = splat(1.91110221e-8f);
+    p = p * u - 1.94231166e-6f;
+    p = p * u + 1.47284867e-4f;
+    p = p * u + 3.99049791e-3f;
+    p = p * u + 5.15246391e-2f;
+    p = p * u + 2.07123488e-1f;
+    p = p * u + 1.12837911f;
+    vf q = splat(1.02109532e-3f);
+    q = q * u + 1.49579151e-2f;
+    q = q * u + 1.17970005e-1f;
+    q = q * u + 5.16889632e-1f;
+    q = q * u + 1.f;
+    const vf y = c * p / q;
+    return select(y > splat(1.f), splat(1.f), select(y < splat(-1.f), splat(-1.f), y));
+}
 
 /* The OpenMP team for elementwise work: small work is not worth waking threads. */
 inline int team(int64_t elements, int num_threads) { return elements < 8192 ? 1 : num_threads; }

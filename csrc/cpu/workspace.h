@@ -1,12 +1,14 @@
 /* Cutting a workspace into pieces; shared by the kernels and by the functions that size their workspaces. */
 #pragma once
-#include <stdint.h>
+#include "fastmoe/experts.h"
 
 namespace {
 namespace fm_workspace {
 
-constexpr int64_t kThreadFloats =
-    3 * 192 * 192 + 64; /* what gemm.h's multiply() needs; checked against kBlockFloats there */
+/* gemm.h's block: rows of A, columns of B, lanes of k. The packed A, the packed B and C share an L2. */
+constexpr int64_t kRowsOfBlock = 192, kColumnsOfBlock = 256, kLanesOfBlock = 192;
+constexpr int64_t kThreadFloats = kRowsOfBlock * kLanesOfBlock + kLanesOfBlock * kColumnsOfBlock +
+                                  kRowsOfBlock * kColumnsOfBlock + 64; /* what gemm.h needs of a thread */
 
 inline int64_t aligned(int64_t floats) { return (floats + 15) / 16 * 16; }
 
@@ -14,36 +16,51 @@ inline int64_t aligned(int64_t floats) { return (floats + 15) / 16 * 16; }
 struct Cutter {
     float* memory;
     int64_t used = 0;
-    float* take(int64_t floats) {
+    template <class T = float>
+    T* take(int64_t elements) {
         float* piece = memory ? memory + used : nullptr;
-        used += aligned(floats);
-        return piece;
+        used += aligned((elements * int64_t(sizeof(T)) + 3) / 4);
+        return reinterpret_cast<T*>(piece);
     }
 };
 
-/* The expert layer. */
-constexpr int64_t kHalf = 96; /* columns of F in one block of the products with two sides, gate and up */
-inline int64_t f_blocks(int64_t F) { return (F + kHalf - 1) / kHalf; }
+/* The expert layer. Between: the type of rows between two products; Stored: the layer's dtype. */
+inline bool gated(const fm_moe_layer& layer) { return layer.activation <= FM_CLAMPED_SWIGLU; }
+inline int64_t width_of_z(const fm_moe_layer& layer) { return gated(layer) ? 2 * layer.F : layer.F; }
+/* Columns of F in one block of the products with z, and how many such blocks. */
+inline int64_t f_columns(const fm_moe_layer& layer) { return gated(layer) ? kColumnsOfBlock / 2 : kColumnsOfBlock; }
+inline int64_t f_blocks(const fm_moe_layer& layer) { return (layer.F + f_columns(layer) - 1) / f_columns(layer); }
 
+template <class Between>
 struct Forward {
-    float *token, *first_block, *act, *y, *threads;
+    int32_t *token, *first_block;
+    Between *act, *y;
+    float* threads;
     int64_t floats;
-    Forward(void* memory, int64_t R, int64_t E, int64_t D, int64_t F, int num_threads) {
+    Forward(void* memory, const fm_moe_layer& l) {
         Cutter cut{static_cast<float*>(memory)};
-        token = cut.take(R), first_block = cut.take(E + 1), act = cut.take(R * F), y = cut.take(R * D);
-        threads = cut.take(num_threads * aligned(kThreadFloats));
+        token = cut.take<int32_t>(l.R), first_block = cut.take<int32_t>(l.E + 1);
+        act = cut.take<Between>(l.R * l.F), y = cut.take<Between>(l.R * l.D);
+        threads = cut.take(l.num_threads * aligned(kThreadFloats));
         floats = cut.used;
     }
 };
 
+template <class Between, class Stored>
 struct Backward {
-    float *token, *weight, *first_block, *dz, *act, *dx, *dot, *threads;
+    int32_t *token, *first_block, *touched;
+    float *weight, *dot, *threads;
+    Between *dz, *act, *dx;
+    Stored* z; /* computed again with FM_SAVE_X */
     int64_t floats;
-    Backward(void* memory, int64_t R, int64_t E, int64_t D, int64_t F, int num_threads) {
+    Backward(void* memory, const fm_moe_layer& l) {
         Cutter cut{static_cast<float*>(memory)};
-        token = cut.take(R), weight = cut.take(R), first_block = cut.take(E + 1), dz = cut.take(R * 2 * F);
-        act = cut.take(R * F), dx = cut.take(R * D), dot = cut.take(R * f_blocks(F));
-        threads = cut.take(num_threads * aligned(kThreadFloats));
+        const int64_t Z = width_of_z(l);
+        token = cut.take<int32_t>(l.R), first_block = cut.take<int32_t>(l.E + 1), touched = cut.take<int32_t>(l.E);
+        weight = cut.take(l.R), dot = cut.take(l.R * f_blocks(l));
+        dz = cut.take<Between>(l.R * Z), act = cut.take<Between>(l.R * l.F), dx = cut.take<Between>(l.R * l.D);
+        z = cut.take<Stored>(l.save == FM_SAVE_X ? l.R * Z : 0);
+        threads = cut.take(l.num_threads * aligned(kThreadFloats));
         floats = cut.used;
     }
 };

@@ -97,7 +97,7 @@ constexpr fm_dtype kDtypes[] = {FM_F32, FM_BF16, FM_F16};
 template <class Args>
 std::vector<fm_status (*)(Args*)> variants(fm_status (*open)(Args*), fm_status (*baseline)(Args*),
                                            fm_status (*avx2)(Args*), fm_status (*wide)(Args*),
-                                           fm_status (*avx512)(Args*)) {
+                                           fm_status (*avx512)(Args*), fm_status (*avx512bf16)(Args*)) {
     __builtin_cpu_init();
     std::vector<fm_status (*)(Args*)> result{open, baseline};
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
@@ -107,11 +107,14 @@ std::vector<fm_status (*)(Args*)> variants(fm_status (*open)(Args*), fm_status (
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq"))
         result.push_back(avx512);
+    if (std::strcmp(fm_isa(), "avx512bf16") == 0) result.push_back(avx512bf16);
     return result;
 }
 #define DECLARE_VARIANTS(name)                          \
     extern "C" fm_status name##_baseline(name##_args*); \
     extern "C" fm_status name##_avx2(name##_args*);     \
     extern "C" fm_status name##_wide(name##_args*);     \
-    extern "C" fm_status name##_avx512(name##_args*);
-#define VARIANTS(name) variants<name##_args>(name, name##_baseline, name##_avx2, name##_wide, name##_avx512)
+    extern "C" fm_status name##_avx512(name##_args*);   \
+    extern "C" fm_status name##_avx512bf16(name##_args*);
+#define VARIANTS(name) \
+    variants<name##_args>(name, name##_baseline, name##_avx2, name##_wide, name##_avx512, name##_avx512bf16)

@@ -21,4 +21,9 @@ typedef enum {
     FM_BAD_DTYPE = 2, /* a storage type this function does not serve */
 } fm_status;
 
+/* The instruction set the kernels run with: baseline, avx2, avx512 or avx512bf16. limit: to take a lesser one, for
+ * tests and measurements; FM_BAD_VALUE for one this CPU lacks. The only state of the library. */
+FM_API const char* fm_isa(void);
+FM_API fm_status fm_limit_isa(const char* name);
+
 typedef enum { FM_F32 = 0, FM_BF16 = 1, FM_F16 = 2 } fm_dtype;

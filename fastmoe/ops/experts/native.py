@@ -5,44 +5,33 @@ from __future__ import annotations
 import torch
 
 from fastmoe.native import _C, dtype_code, empty, num_threads, ptr, workspace
+from fastmoe.ops.experts import ACTIVATIONS, z_shape
+
+_SAVES = ("none", "z", "z8", "x")  # fm_save
 
 
-def _served(gate_up_bias, down_bias, activation, interleaved, transposed, save, sparse_grads):
-    if gate_up_bias is not None or down_bias is not None or activation != "swiglu" or interleaved or transposed:
-        raise NotImplementedError("fastmoe.moe_mlp: native serves plain swiglu so far")
-    if save not in ("z", "none") or sparse_grads:
-        raise NotImplementedError("fastmoe.moe_mlp: native serves save='z' so far")
-
-
-def moe_mlp(
-    x_TD,
-    weights_TK,
-    src_row_R,
-    dst_row_TK,
-    offsets,
-    gate_up_proj,
-    down_proj,
-    gate_up_bias,
-    down_bias,
-    activation,
-    interleaved,
-    transposed,
-    alpha,
-    limit,
-    save,
-    sparse_grads,
+def _layer(
+    x_TD, weights_TK, src_row_R, dst_row_TK, offsets, down_proj, activation, interleaved, transposed, alpha, limit, save
 ):
-    _served(gate_up_bias, down_bias, activation, interleaved, transposed, save, sparse_grads)
-    save_z = save == "z"
-    inputs = [
-        tensor.contiguous() for tensor in (x_TD, weights_TK, src_row_R, dst_row_TK, offsets, gate_up_proj, down_proj)
-    ]
-    sizes, codes, threads = _sizes(*inputs), (dtype_code(x_TD), dtype_code(weights_TK)), num_threads()
-    T, _, R, E, D, F = sizes
-    y_TD, z_R2F = empty(T, D, dtype=x_TD.dtype), empty(R if save_z else 0, 2 * F, dtype=x_TD.dtype)
-    memory = workspace(_C.moe_mlp_workspace(R, E, D, F, threads))
-    _C.moe_mlp(*map(ptr, inputs), ptr(y_TD), ptr(z_R2F) if save_z else 0, *sizes, *codes, ptr(memory), threads)
-    return y_TD, z_R2F, x_TD.new_empty(0, 2 * -(-F // 64), dtype=torch.bfloat16)
+    D, F = down_proj.shape[1:][:: -1 if transposed else 1]
+    sizes = (*dst_row_TK.shape, src_row_R.shape[0], offsets.shape[0] - 1, D, F)
+    codes = dtype_code(x_TD), dtype_code(weights_TK), ACTIVATIONS.index(activation)
+    return sizes, *codes, interleaved, transposed, alpha, limit, _SAVES.index(save), num_threads()
+
+
+def moe_mlp(x_TD, weights_TK, src_row_R, dst_row_TK, offsets, gate_up_proj, down_proj, gate_up_bias, down_bias, *how):
+    *how, _ = how
+    activation, _, transposed, _, _, save = how
+    inputs = (x_TD, weights_TK, src_row_R, dst_row_TK, offsets, gate_up_proj, down_proj, gate_up_bias, down_bias)
+    inputs = [tensor if tensor is None else tensor.contiguous() for tensor in inputs]
+    layer = _layer(*inputs[:5], down_proj, *how)
+    z, scale = z_shape(src_row_R.shape[0], down_proj.shape[1 if transposed else 2], activation, save)
+    y_TD = empty(*x_TD.shape, dtype=x_TD.dtype)
+    z_RZ = empty(*z, dtype=torch.int8 if save == "z8" else x_TD.dtype)
+    z_scale = empty(*scale, dtype=torch.bfloat16)
+    memory = workspace(_C.moe_mlp_workspace(layer))
+    _C.moe_mlp(layer, *map(ptr, inputs), ptr(y_TD), ptr(z_RZ), ptr(z_scale), ptr(memory))
+    return y_TD, z_RZ, z_scale
 
 
 def moe_mlp_backward(
@@ -56,36 +45,38 @@ def moe_mlp_backward(
     down_proj,
     gate_up_bias,
     down_bias,
-    z_R2F,
+    z_RZ,
     z_scale,
-    activation,
-    interleaved,
-    transposed,
-    alpha,
-    limit,
-    save,
-    need_x,
-    need_weights,
-    need_gate_up,
-    need_down,
-    need_gate_up_bias,
-    need_down_bias,
-    sparse_grads,
+    *how,
 ):
-    _served(gate_up_bias, down_bias, activation, interleaved, transposed, save, sparse_grads)
-    inputs = [
-        tensor.contiguous() for tensor in (x_TD, weights_TK, src_row_R, dst_row_TK, offsets, gate_up_proj, down_proj)
-    ]
-    sizes, codes, threads = _sizes(*inputs), (dtype_code(x_TD), dtype_code(weights_TK)), num_threads()
-    _, _, R, E, D, F = sizes
-    needed = zip((x_TD, weights_TK, gate_up_proj, down_proj), (need_x, need_weights, need_gate_up, need_down))
-    grads = tuple(empty(*(tensor.shape if need else (0,)), dtype=tensor.dtype) for tensor, need in needed)
-    memory = workspace(_C.moe_mlp_backward_workspace(R, E, D, F, threads))
-    addresses = [ptr(grad) if grad.numel() else 0 for grad in grads]
-    dy_TD, z_R2F = dy_TD.contiguous(), z_R2F.contiguous()
-    _C.moe_mlp_backward(ptr(dy_TD), *map(ptr, inputs), ptr(z_R2F), *addresses, *sizes, *codes, ptr(memory), threads)
-    return *grads, x_TD.new_empty(0), x_TD.new_empty(0)
-
-
-def _sizes(x_TD, weights_TK, src_row_R, dst_row_TK, offsets, gate_up_proj, down_proj):
-    return *dst_row_TK.shape, src_row_R.shape[0], offsets.shape[0] - 1, x_TD.shape[1], down_proj.shape[2]
+    *how, need_x, need_weights, need_gate_up, need_down, need_gate_up_bias, need_down_bias, sparse = how
+    inputs = (
+        dy_TD,
+        x_TD,
+        weights_TK,
+        src_row_R,
+        dst_row_TK,
+        offsets,
+        gate_up_proj,
+        down_proj,
+        gate_up_bias,
+        down_bias,
+        z_RZ,
+        z_scale,
+    )
+    inputs = [tensor if tensor is None else tensor.contiguous() for tensor in inputs]
+    layer = _layer(*inputs[1:6], down_proj, *how)
+    experts = int((offsets[1:] > offsets[:-1]).sum()) if sparse else down_proj.shape[0]
+    outputs = (
+        (x_TD, x_TD.shape, need_x),
+        (weights_TK, weights_TK.shape, need_weights),
+        (x_TD, (experts, *gate_up_proj.shape[1:]), need_gate_up),
+        (x_TD, (experts, *down_proj.shape[1:]), need_down),
+        (x_TD, () if gate_up_bias is None else gate_up_bias.shape, need_gate_up_bias),
+        (x_TD, () if down_bias is None else down_bias.shape, need_down_bias),
+    )
+    grads = tuple(empty(*(shape if need else (0,)), dtype=like.dtype) for like, shape, need in outputs)
+    memory = workspace(_C.moe_mlp_backward_workspace(layer))
+    addresses = [ptr(grad) if need else 0 for grad, (_, _, need) in zip(grads, outputs)]
+    _C.moe_mlp_backward(layer, *map(ptr, inputs), sparse, *addresses, ptr(memory))
+    return grads
