@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -41,6 +43,11 @@ def cuda_missing() -> str | None:
     return None if any(folder.is_dir() for folder in _SOURCES) else f"the CUDA sources are not in {_SOURCES[0]}"
 
 
+def triton_version() -> str:
+    """Triton's version, "" where it does not import."""
+    return "" if triton_missing() else importlib.metadata.version("triton")
+
+
 def interpreted() -> bool:
     """Whether Triton runs its kernels in its interpreter (TRITON_INTERPRET=1 when they were imported)."""
     import triton
@@ -48,11 +55,22 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def shared_memory(tensor: torch.Tensor) -> int:
-    """Bytes of shared memory that one block may use on the tensor's device; that of an H200 where there is none."""
-    if not tensor.is_cuda:
-        return 227 << 10
-    return torch.cuda.get_device_properties(tensor.device).shared_memory_per_block_optin
+class Device(NamedTuple):
+    """What a kernel can count on: bytes of shared memory a block may use, multiprocessors."""
+
+    shared_memory: int
+    processors: int
+
+
+@cache
+def _device(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    return Device(properties.shared_memory_per_block_optin, properties.multi_processor_count)
+
+
+def device(tensor: torch.Tensor) -> Device:
+    """The tensor's device; an H200 where it is on none."""
+    return _device(tensor.device.index) if tensor.is_cuda else Device(227 << 10, 132)
 
 
 @cache

@@ -70,7 +70,7 @@ found = {}
 cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 launch, JITFunction.run = JITFunction.run, compile_only
 driver.set_active(Device())
-jit.shared_memory = lambda tensor: architectures[str(arch)]
+jit.device = lambda tensor: jit.Device(architectures[str(arch)], 132)
 architectures = json.loads(sys.argv[1])
 T, E, K, D, F = 16384, 64, 8, 2048, 1024
 kernels = {k.fn.__name__ for m in (gating, permutation, experts) for k in vars(m).values()
