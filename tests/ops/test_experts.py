@@ -365,11 +365,13 @@ class TestExperts(Battery):
             inputs[name].requires_grad_()
         with self.on(backend):
             want = ops.moe_mlp(**lowered)
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16), testing.Recorder() as recorder:
                 got = ops.moe_mlp(**inputs)
                 mixed = ops.moe_mlp(**inputs | {"x_TD": lowered["x_TD"]})
             got.sum().backward()
         assert got.dtype == torch.bfloat16 and torch.equal(got, want) and torch.equal(mixed, want)
+        for _, args, _ in (call for call in recorder.calls if call[0] == "moe_mlp"):
+            assert {args[i].dtype for i in (0, 5, 6, 7, 8)} == {torch.bfloat16} and args[1].dtype == torch.float32
         assert all(inputs[name].grad.dtype == torch.float32 for name in FLOATS)
 
     def test_a_given_routing_equals_ids(self, backend):
