@@ -50,11 +50,11 @@ def ptr(tensor: torch.Tensor | None) -> int:
     """The address of a dense CPU tensor; 0 for None. Refuses what would silently give a wrong address."""
     if tensor is None:
         return 0
-    if type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+    if type(tensor) not in _PLAIN:
         raise TypeError(
             f"fastmoe.native: a plain torch.Tensor is wanted, got {type(tensor).__name__} (DTensor: to_local() first)"
         )
-    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+    if not tensor.is_cpu or not tensor.is_contiguous():
         raise ValueError(
             f"fastmoe.native: a contiguous CPU tensor is wanted, got strides {tensor.stride()} on {tensor.device}"
         )
@@ -64,6 +64,7 @@ def ptr(tensor: torch.Tensor | None) -> int:
     return address
 
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 

@@ -4,69 +4,101 @@
 
 namespace {
 
-/* Slots are cut into at most this many equal chunks, whatever the thread count; a chunk counts, then writes, its own
- * slots. Every chunk costs a pass over E counters, so many experts mean few chunks. */
-constexpr int64_t kChunks = 16;
+typedef int32_t vi4 __attribute__((vector_size(16)));
 
-int64_t chunks_for(int64_t slots, int64_t E) {
-    const int64_t chunks = slots / (4 * E + 256);
-    return chunks < 1 ? 1 : chunks > kChunks ? kChunks : chunks;
+/* A thread counts, then writes, one chunk of the slots; the result does not depend on how many there are. Every chunk
+ * costs a pass over its counters, so many experts mean few chunks. */
+constexpr int64_t kRows = 16; /* of E + 1 counters in the workspace: of dropped slots, then of each expert's */
+
+int64_t chunks_for(int64_t slots, int64_t E, int64_t threads) {
+    const int64_t most = slots / (E + 2048), chunks = threads < kRows ? threads : kRows;
+    return most < 1 ? 1 : chunks < most ? chunks : most;
 }
 
 inline int64_t int_at(const void* p, int is_int64, int64_t i) {
     return is_int64 ? static_cast<const int64_t*>(p)[i] : static_cast<const int32_t*>(p)[i];
 }
 
-/* rows[c * E + e]: how many slots of chunk c name expert e, then the row where chunk c begins to write for e. */
+/* Counts a chunk's slots by id + 1: slot s in row s % 4 of counters, so as not to wait for its neighbours' (stride 0:
+ * in one row). Returns the first slot whose id is outside -1..E-1, or -1. */
+template <class Id>
+int64_t count_slots(const Id* ids, int64_t begin, int64_t end, int64_t E, int64_t stride, int32_t* count) {
+    const auto at = [&](int64_t s) { return uint64_t(int64_t(ids[s])) + 1; };
+    const uint64_t most = uint64_t(E);
+    int64_t s = begin;
+    for (; s + 4 <= end; s += 4) {
+        const uint64_t i0 = at(s), i1 = at(s + 1), i2 = at(s + 2), i3 = at(s + 3);
+        if (i0 > most || i1 > most || i2 > most || i3 > most) break;
+        ++count[i0], ++count[stride + i1], ++count[2 * stride + i2], ++count[3 * stride + i3];
+    }
+    for (; s < end; ++s) {
+        if (at(s) > most) return s;
+        ++count[at(s)];
+    }
+    return -1;
+}
+
+/* row[id + 1]: where the chunk's next slot of this id goes; from row `used` on the dropped ones, whose src is cleared
+ * later. */
+template <class Id>
+void place_slots(const Id* ids, int64_t begin, int64_t end, int32_t used, int32_t* row, int32_t* src, int32_t* dst) {
+    int64_t s = begin;
+    for (; s + 4 <= end; s += 4) {
+        const vi4 r = {row[ids[s] + 1]++, row[ids[s + 1] + 1]++, row[ids[s + 2] + 1]++, row[ids[s + 3] + 1]++};
+        for (int i = 0; i < 4; ++i) src[r[i]] = int32_t(s + i);
+        const vi4 to = r | (r >= used);
+        memcpy(dst + s, &to, sizeof(to)); /* one store instead of four: these are what takes the time */
+    }
+    for (; s < end; ++s) {
+        const int32_t r = row[ids[s] + 1]++;
+        src[r] = int32_t(s);
+        dst[s] = r < used ? r : -1;
+    }
+}
+
 template <class Id>
 fm_status sort_slots(fm_build_routing_cpu_args* a, const Id* ids) {
-    const int64_t slots = a->T * a->K, E = a->E, K = a->K, chunks = chunks_for(slots, E);
-    const int64_t tokens_per_chunk = (a->T + chunks - 1) / chunks;
-    int32_t* rows = a->workspace;
-    int64_t bad_slot[kChunks];
-    memset(rows, 0, size_t(chunks * E) * sizeof(int32_t));
-#pragma omp parallel for num_threads(a->num_threads) schedule(static, 1)
-    for (int64_t c = 0; c < chunks; ++c) {
-        int32_t* count = rows + c * E;
-        bad_slot[c] = -1;
-        int64_t begin = c * tokens_per_chunk * K, end = (c + 1) * tokens_per_chunk * K;
-        if (end > slots) end = slots;
-        for (int64_t s = begin; s < end; ++s) {
-            const int64_t e = ids[s];
-            if (e >= 0 && e < E)
-                ++count[e];
-            else if (e != -1 && bad_slot[c] < 0)
-                bad_slot[c] = s;
-        }
-    }
-    for (int64_t c = 0; c < chunks; ++c)
-        if (bad_slot[c] >= 0) {
-            a->bad = int64_t(ids[bad_slot[c]]);
-            return FM_BAD_VALUE;
-        }
+    const int64_t slots = a->T * a->K, E = a->E, chunks = chunks_for(slots, E, a->num_threads), width = E + 1;
+    const int64_t lanes = 4 * chunks <= kRows && slots >= 16 * E * chunks ? 4 : 1;
+    int32_t* rows = a->workspace; /* [chunks, lanes, E + 1], of which lane 0 holds the sum, then where a row begins */
+    int64_t bad_slot[kRows], bad = -1;
     int32_t next = 0;
-    for (int64_t e = 0; e < E; ++e) {
-        a->offsets[e] = next;
+#pragma omp parallel num_threads(chunks)
+    {
+#pragma omp for schedule(static, 1)
         for (int64_t c = 0; c < chunks; ++c) {
-            const int32_t count = rows[c * E + e];
-            rows[c * E + e] = next;
-            next += count;
+            int32_t* count = rows + c * lanes * width;
+            memset(count, 0, size_t(lanes * width) * sizeof(int32_t));
+            bad_slot[c] =
+                count_slots(ids, c * slots / chunks, (c + 1) * slots / chunks, E, lanes > 1 ? width : 0, count);
+            for (int64_t lane = 1; lane < lanes; ++lane)
+                for (int64_t i = 0; i < width; ++i) count[i] += count[lane * width + i];
         }
-    }
-    a->offsets[E] = next;
-#pragma omp parallel for num_threads(a->num_threads) schedule(static, 1)
-    for (int64_t c = 0; c < chunks; ++c) {
-        int32_t* row = rows + c * E;
-        int64_t begin = c * tokens_per_chunk * K, end = (c + 1) * tokens_per_chunk * K;
-        if (end > slots) end = slots;
-        for (int64_t s = begin; s < end; ++s) {
-            const int64_t e = ids[s];
-            const int32_t r = e >= 0 ? row[e]++ : -1;
-            a->dst_row_TK[s] = r;
-            if (r >= 0) a->src_row_R[r] = int32_t(s);
+#pragma omp single
+        {
+            for (int64_t c = chunks; c-- > 0;)
+                if (bad_slot[c] >= 0) bad = bad_slot[c];
+            for (int64_t e = 0; e <= E; ++e) {
+                a->offsets[e] = next;
+                for (int64_t c = 0; c < chunks; ++c) {
+                    int32_t* row = rows + c * lanes * width + (e < E ? e + 1 : 0);
+                    const int32_t count = *row;
+                    *row = next;
+                    next += count;
+                }
+            }
         }
+#pragma omp for schedule(static, 1)
+        for (int64_t c = 0; c < chunks; ++c)
+            if (bad < 0)
+                place_slots(ids, c * slots / chunks, (c + 1) * slots / chunks, a->offsets[E], rows + c * lanes * width,
+                            a->src_row_R, a->dst_row_TK);
     }
-    for (int64_t r = next; r < slots; ++r) a->src_row_R[r] = -1;
+    if (bad >= 0) {
+        a->bad = int64_t(ids[bad]);
+        return FM_BAD_VALUE;
+    }
+    for (int64_t r = a->offsets[E]; r < slots; ++r) a->src_row_R[r] = -1;
     return FM_OK;
 }
 

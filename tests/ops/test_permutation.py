@@ -197,6 +197,22 @@ class TestPermutation(Battery):
         assert out_TD.isfinite().all() and y_RD.grad.isfinite().all() and weights_TK.grad.isfinite().all()
         assert bool((y_RD.grad[3] == 0).all()) and weights_TK.grad[0, 1] == 0
 
+    @pytest.mark.parametrize(("T", "K", "E"), [(5201, 3, 5), (2500, 7, 300)])
+    @pytest.mark.parametrize("routing", ROUTINGS)
+    def test_many_slots_shared_by_threads(self, backend, T, K, E, routing):
+        """Enough for a chunk a thread; the last bad id of several chunks is not the one that is named."""
+        ids_TK = draw_ids(testing.Shape(T, 1, 1, E, K, 1), routing)
+        with testing.backend("reference"):
+            want = ops.build_routing(ids_TK, E)
+        bad_TK = ids_TK.clone()
+        bad_TK[T // 2, 1], bad_TK[T - 1, K - 1] = E + 2, E + 3
+        for count in (1, 2, 3, 5, 20):
+            with self.on(backend), testing.threads(count), testing.poison():
+                got = ops.build_routing(ids_TK, E)
+                with pytest.raises(ValueError, match=f"got {E + 2}$"):
+                    ops.build_routing(bad_TK, E)
+            assert all(torch.equal(a, b) for a, b in zip(got, want))
+
     @pytest.mark.parametrize("bad", [5, -2, 2**31 + 3, -(2**40)])
     def test_refuses_ids_out_of_range(self, backend, bad):
         ids_TK = torch.zeros(40, 2, dtype=torch.int64)

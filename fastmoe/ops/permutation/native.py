@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from fastmoe.native import _C, dtype_code, empty, num_threads, ptr
+from fastmoe.native import _C, dtype_code, empty, num_threads, ptr, workspace
 
 
 def build_routing(topk_ids_TK, num_experts, capacity):
     ids_TK = topk_ids_TK.contiguous()
     T, K = ids_TK.shape
-    src_row_R, dst_row_TK, offsets = (
-        torch.empty(shape, dtype=torch.int32) for shape in ((T * K,), (T, K), (num_experts + 1,))
-    )
-    workspace = torch.empty(_C.build_routing_workspace(T, K, num_experts), dtype=torch.int32)
+    src_row_R = torch.empty(T * K, dtype=torch.int32)
+    dst_row_TK = torch.empty(T, K, dtype=torch.int32)
+    offsets = torch.empty(num_experts + 1, dtype=torch.int32)
+    memory = workspace(4 * _C.build_routing_workspace(T, K, num_experts))
     _C.build_routing(
         ptr(ids_TK),
         ids_TK.dtype == torch.int64,
@@ -24,7 +24,7 @@ def build_routing(topk_ids_TK, num_experts, capacity):
         ptr(src_row_R),
         ptr(dst_row_TK),
         ptr(offsets),
-        ptr(workspace),
+        ptr(memory),
         num_threads(),
     )
     return src_row_R, dst_row_TK, offsets
