@@ -6,7 +6,14 @@ from fastmoe.ops.gating import topk_gate
 from fastmoe.ops.gemm import linear
 from fastmoe.ops.loss import linear_cross_entropy
 from fastmoe.ops.norm import rms_norm
-from fastmoe.ops.permutation import Routing, build_routing, build_routing_from_experts, permute, unpermute
+from fastmoe.ops.permutation import (
+    Routing,
+    build_routing,
+    build_routing_from_experts,
+    permute,
+    round_routing,
+    unpermute,
+)
 
 __all__ = [
     "Routing",
@@ -18,6 +25,7 @@ __all__ = [
     "moe_mlp",
     "permute",
     "rms_norm",
+    "round_routing",
     "topk_gate",
     "unpermute",
 ]

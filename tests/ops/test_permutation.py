@@ -1,4 +1,6 @@
+import math
 import re
+from fractions import Fraction
 
 import pytest
 import torch
@@ -299,6 +301,106 @@ def test_from_experts_equals_build_routing_of_the_same_choice():
     assert all(torch.equal(a, b) for a, b in zip(got, want))
 
 
+def rounded_by_lists(weights_TK, ids_TK, probs_TE, tile, rounding):
+    """token_R, offsets, weights [T, E] by sorting lists; Python's round() is half to even."""
+    (T, E), rows, offsets = probs_TE.shape, [], [0]
+    weights_TE = torch.zeros_like(probs_TE)
+    for e in range(E):
+        weight = {t: float(weights_TK[t, k]) for t, k in (ids_TK == e).nonzero().tolist()}
+        whole = {"nearest": round, "up": math.ceil, "down": math.floor}[rounding](Fraction(len(weight), tile))
+        first = sorted(weight, key=lambda t: (-weight[t], t))
+        rest = sorted(set(range(T)) - set(weight), key=lambda t: (-float(probs_TE[t, e]), t))
+        taken = sorted((first + rest)[: whole * tile])
+        for t in taken:
+            weights_TE[t, e] = weight.get(t, float(probs_TE[t, e]))
+        rows += taken
+        offsets.append(len(rows))
+    return torch.tensor(rows, dtype=torch.int64), torch.tensor(offsets), weights_TE
+
+
+@st.composite
+def gated(drawn):
+    """Gates of few different values, so that many are equal; some slots are -1."""
+    T, E = drawn(st.integers(0, 12)), drawn(st.integers(1, 5))
+    K = drawn(st.integers(1, E))
+    draw = testing.generator(drawn(st.integers(0, 10**6)))
+    logits_TE = torch.randint(3, (T, E), generator=draw).float()
+    with testing.backend("reference"):
+        weights_TK, ids_TK, probs_TE = ops.topk_gate(logits_TE, K)
+    return (
+        weights_TK,
+        ids_TK.masked_fill(torch.rand(T, K, generator=draw) < drawn(st.sampled_from([0, 0.3])), -1),
+        probs_TE,
+    )
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(gated(), st.integers(1, 6), st.sampled_from(["nearest", "up", "down"]))
+def test_round_routing_properties(gate, tile, rounding):
+    weights_TK, ids_TK, probs_TE = gate
+    T, E = probs_TE.shape
+    routing, weights_TE = ops.round_routing(*gate, tile, rounding)
+    token_R, offsets, want_TE = rounded_by_lists(*gate, tile, rounding)
+    want = ops.build_routing_from_experts(token_R, offsets, T)
+    used = int(routing.offsets[-1])
+    assert torch.equal(routing.offsets, want.offsets) and torch.equal(routing.dst_row_TK, want.dst_row_TK)
+    assert torch.equal(routing.src_row_R[:used], want.src_row_R) and bool((routing.src_row_R[used:] == -1).all())
+    assert torch.equal(weights_TE, want_TE)
+    chosen_E, got_E = torch.bincount(ids_TK[ids_TK >= 0], minlength=E), routing.offsets.diff()
+    assert bool(((got_E % tile == 0) | (got_E == T)).all()), "whole tiles, or every token there is"
+    step = (got_E - chosen_E).tolist()
+    low, high = {"nearest": (-tile / 2, tile / 2), "up": (0, tile - 1), "down": (1 - tile, 0)}[rounding]
+    assert all(low <= change <= high for change in step)
+
+
+@pytest.mark.parametrize(
+    ("rounding", "want"), [("nearest", [4, 8, 8, 4]), ("up", [8, 8, 12, 4]), ("down", [4, 4, 8, 0])]
+)
+def test_round_routing_worked_example(rounding, want):
+    counts_E = torch.tensor([5, 6, 10, 3])
+    ids_TK = torch.repeat_interleave(torch.arange(4), counts_E)[:, None]
+    probs_TE = draw(24, 4).softmax(1)
+    routing, _ = ops.round_routing(torch.ones(24, 1), ids_TK, probs_TE, 4, rounding)
+    assert routing.offsets.diff().tolist() == want
+    routing, weights_TE = ops.round_routing(torch.ones(3, 1), torch.tensor([[1], [1], [0]]), probs_TE[:3, :2], 4, "up")
+    assert routing.offsets.diff().tolist() == [3, 3], "clamped to T"
+    assert weights_TE.tolist() == [[probs_TE[0, 0], 1], [probs_TE[1, 0], 1], [1, probs_TE[2, 1]]]
+
+
+def test_round_routing_drives_the_expert_layer():
+    """The layer's result and gradients are those of the weighted sum over the rounded tokens, for the gate too."""
+    shape = SHAPES["odd"]
+    x_TD, logits_TE = draw(shape.T, shape.D), draw(shape.T, shape.E, seed=1)
+    up_EZD, down_EDF = draw(shape.E, 2 * shape.F, shape.D, seed=2), draw(shape.E, shape.D, shape.F, seed=3)
+    results = []
+    for fused in (True, False):
+        x, logits = x_TD.double().requires_grad_(), logits_TE.double().requires_grad_()
+        weights_TK, ids_TK, probs_TE = ops.topk_gate(logits, shape.K)
+        routing, weights_TE = ops.round_routing(weights_TK, ids_TK, probs_TE, 8)
+        assert bool((routing.offsets.diff() % 8 == 0).all()) and int(routing.offsets[-1]) != shape.T * shape.K
+        if fused:
+            y_TD = ops.moe_mlp(x, None, weights_TE, up_EZD.double(), down_EDF.double(), routing=routing)
+        else:
+            chosen_TE = torch.zeros_like(probs_TE).scatter(1, ids_TK, 1.0)
+            renormed_TE = probs_TE * chosen_TE / (probs_TE * chosen_TE).sum(1, keepdim=True)
+            weights_TE = torch.where(chosen_TE > 0, renormed_TE, probs_TE) * (routing.dst_row_TK >= 0)
+            gate_TEF, up_TEF = torch.einsum("td,ezd->tez", x, up_EZD.double()).chunk(2, -1)
+            act_TEF = torch.nn.functional.silu(gate_TEF) * up_TEF * weights_TE[..., None]
+            y_TD = torch.einsum("tef,edf->td", act_TEF, down_EDF.double())
+        y_TD.backward(draw(shape.T, shape.D, seed=4).double())
+        results.append((y_TD.detach(), x.grad, logits.grad))
+    for got, want in zip(*results):
+        torch.testing.assert_close(got, want)
+
+
+def test_round_routing_compiles():
+    torch._dynamo.reset()
+    gate = ops.topk_gate(draw(37, 5), 2)
+    call = lambda *gate: (lambda routing, weights_TE: (*routing, weights_TE))(*ops.round_routing(*gate, 8))  # noqa: E731
+    for got, want in zip(torch.compile(call, fullgraph=True, backend="aot_eager")(*gate), call(*gate)):
+        assert torch.equal(got, want)
+
+
 ROUTING = ops.build_routing(torch.tensor([[1, 0], [0, 1], [1, 1]]), 2)
 
 
@@ -349,6 +451,26 @@ ROUTING = ops.build_routing(torch.tensor([[1, 0], [0, 1], [1, 1]]), 2)
             ValueError,
             "build_routing_from_experts: num_tokens must be at least 0",
             lambda: ops.build_routing_from_experts(torch.tensor([0]), torch.tensor([0, 1]), -1),
+        ),
+        (
+            ValueError,
+            "round_routing: topk_ids_TK must be in -1..3, got 4",
+            lambda: ops.round_routing(draw(1, 2), torch.tensor([[0, 4]]), draw(1, 4)),
+        ),
+        (
+            ValueError,
+            "round_routing: tile must be at least 1, got 0",
+            lambda: ops.round_routing(draw(1, 1), torch.tensor([[0]]), draw(1, 4), 0),
+        ),
+        (
+            ValueError,
+            "round_routing: rounding must be 'nearest' or 'up' or 'down', got 'half'",
+            lambda: ops.round_routing(draw(1, 1), torch.tensor([[0]]), draw(1, 4), 4, "half"),
+        ),
+        (
+            ValueError,
+            "round_routing: probs_TE must be of shape [T, E] = [1, any], got [2, 4]",
+            lambda: ops.round_routing(draw(1, 1), torch.tensor([[0]]), draw(2, 4)),
         ),
         (
             ValueError,

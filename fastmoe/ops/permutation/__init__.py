@@ -66,6 +66,71 @@ def build_routing_from_experts(token_R: torch.Tensor, offsets: torch.Tensor, num
     return Routing(*_build_routing_from_experts(token_R, offsets, num_tokens))
 
 
+def round_routing(
+    topk_weights_TK: torch.Tensor,
+    topk_ids_TK: torch.Tensor,
+    probs_TE: torch.Tensor,
+    tile: int = 128,
+    rounding: str = "nearest",
+) -> tuple[Routing, torch.Tensor]:
+    """Rounds the number of tokens of every expert to a multiple of the tile, so that no tile is computed half empty.
+
+    Takes what `topk_gate` returns. topk_weights_TK: [T, K] float. topk_ids_TK: [T, K] int32 or int64, different ones a
+    token; -1 chooses nothing. probs_TE: [T, E] in the weights' dtype. An expert that n tokens chose gets n rounded,
+    half to even ("nearest"; "up", "down"), and at most T: first the tokens that chose it by descending weight, then
+    others by descending probability; of equal ones the lower token wins. With "nearest" it gains or loses tile / 2 at
+    most.
+
+    Returns a routing with K = E as `build_routing_from_experts` makes it, but padded: R = min(T*E, T*K + E * (tile //
+    2, tile - 1 or 0)). And its weights [T, E]: the given weight where a token chose the expert, the probability where
+    it was added, 0 elsewhere. Differentiable in weights and probs; no host sync.
+
+    Errors: ValueError for ids outside -1..E-1 on the CPU (on a GPU they choose nothing), a tile below 1, 2^31 slots or
+    more. Source: SonicMoE (Guo et al., arXiv 2512.14080).
+
+    Example, tile 4: experts with 5, 6, 10 and 3 tokens get 4, 8, 8 and 4.
+    """
+    op = "round_routing"
+    check.tensor(op, "topk_weights_TK", topk_weights_TK, (None, None), legend="T, K")
+    T, K = topk_weights_TK.shape
+    check.tensor(op, "topk_ids_TK", topk_ids_TK, (T, K), check.INTS, topk_weights_TK, "T, K")
+    check.tensor(op, "probs_TE", probs_TE, (T, None), (topk_weights_TK.dtype,), topk_weights_TK, "T, E")
+    E = probs_TE.shape[1]
+    check.positive(op, num_experts=E, tile=tile)
+    check.option(op, "rounding", rounding, ("nearest", "up", "down"))
+    _check_rows(op, T * E)
+    outside_TK = (topk_ids_TK < 0) | (topk_ids_TK >= E)
+    if topk_ids_TK.is_cpu and not torch.compiler.is_compiling():
+        bad = topk_ids_TK[outside_TK & (topk_ids_TK != -1)]
+        if bad.numel():
+            check.fail(op, "topk_ids_TK", f"in -1..{E - 1}", int(bad[0]))
+    ids_TK = topk_ids_TK.long().masked_fill(outside_TK, E)
+    chosen_TE = ids_TK.new_zeros((T, E + 1), dtype=torch.bool).scatter(1, ids_TK, True)[:, :E]
+    weights_TE = probs_TE.new_zeros((T, E + 1)).scatter(1, ids_TK, topk_weights_TK)[:, :E]
+    weights_TE = torch.where(chosen_TE, weights_TE, probs_TE)
+
+    # by weight, then those that chose first: both sorts stable, so ties stay in token order
+    chosen_ET, slot_ET = chosen_TE.t(), torch.arange(T * E, device=ids_TK.device).view(T, E).t()
+    order_ET = weights_TE.detach().t().sort(dim=1, descending=True, stable=True).indices
+    first_ET = chosen_ET.gather(1, order_ET).byte()
+    order_ET = order_ET.gather(1, first_ET.sort(dim=1, descending=True, stable=True).indices)
+    count_E, step_T = chosen_ET.sum(1), torch.arange(T, device=ids_TK.device)
+    tiles_E, rest_E = count_E // tile, count_E % tile
+    if rounding == "nearest":
+        tiles_E = tiles_E + (2 * rest_E + tiles_E % 2 > tile)
+    elif rounding == "up":
+        tiles_E = tiles_E + (rest_E > 0)
+    count_E = (tiles_E * tile).clamp(max=T)
+    taken_ET = order_ET.new_zeros((E, T), dtype=torch.bool).scatter(1, order_ET, step_T < count_E[:, None])
+
+    R = min(T * E, T * K + E * {"nearest": tile // 2, "up": tile - 1, "down": 0}[rounding])
+    row_ET = torch.where(taken_ET, (taken_ET.view(-1).cumsum(0) - 1).view(E, T), R)  # those not taken go to row R
+    src_row_R = slot_ET.new_full((R + 1,), -1).scatter(0, row_ET.reshape(-1), slot_ET.reshape(-1))[:R]
+    offsets = torch.cat([count_E.new_zeros(1), count_E.cumsum(0)])
+    routing = Routing(src_row_R.int(), row_ET.masked_fill(~taken_ET, -1).t().int().contiguous(), offsets.int())
+    return routing, weights_TE.masked_fill(~taken_ET.t(), 0)
+
+
 def permute(x_TD: torch.Tensor, routing: Routing) -> torch.Tensor:
     """Copies token rows into expert order: y_RD[r] = x_TD[src_row_R[r] // K]; padding rows are zero. Any float dtype.
 
