@@ -61,54 +61,70 @@ def compile_only(self, *args, grid, warmup, **kwargs):
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found[f"{arch} {dtype}"][self.fn.__name__] = {
-        "shared": kernel.metadata.shared, "registers": int(re.search(r"REG:(\\d+)", usage)[1]),
-        "stack": int(re.search(r"STACK:(\\d+)", usage)[1])}
+    found.append({
+        "kernel": self.fn.__name__,
+        "for": about,
+        "shared": kernel.metadata.shared,
+        "registers": int(re.search(r"REG:(\\d+)", usage)[1]),
+        "stack": int(re.search(r"STACK:(\\d+)", usage)[1]),
+    })
     return kernel
 
-found = {}
+arch, shared, dtype = json.loads(sys.argv[1])
+found, about = [], "routing"
 cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 launch, JITFunction.run = JITFunction.run, compile_only
 driver.set_active(Device())
-jit.device = lambda tensor: jit.Device(architectures[str(arch)], 132)
-architectures = json.loads(sys.argv[1])
-T, E, K, D, F = 16384, 64, 8, 2048, 1024
+jit.device = lambda tensor: jit.Device(shared, 132)
 kernels = {k.fn.__name__ for m in (gating, permutation, experts) for k in vars(m).values()
            if isinstance(k, JITFunction) and k.fn.__name__.endswith("_kernel")}
-for arch, dtype in [*((arch, "bfloat16") for arch in map(int, architectures)), (90, "float32")]:
-    found[f"{arch} {dtype}"] = {}
-    make = lambda *shape, dtype=getattr(torch, dtype): torch.empty(shape, dtype=dtype, device="meta")
-    weights_TK, ids_TK, probs_TE = gating.topk_gate(make(T, E), K, "softmax", True)
-    gating.topk_gate_backward(weights_TK, probs_TE, ids_TK, probs_TE, "softmax", True)
-    permutation.build_routing(ids_TK, E, -1)
-    routing = permutation.build_routing(ids_TK, E, 4096)
-    permutation.build_routing_from_experts(make(T, dtype=torch.int64), make(E + 1, dtype=torch.int64), T)
-    x_TD, gate_up_proj, down_proj = make(T, D), make(E, 2 * F, D), make(E, D, F)
-    y_RD = permutation.permute(x_TD, *routing[:2])
-    permutation.unpermute_backward(x_TD, y_RD, *routing[:2], weights_TK)
-    inputs = (x_TD, weights_TK, *routing, gate_up_proj, down_proj, None, None)
-    layer = ("swiglu", False, False, 1.702, 7.0, "z")
+make = lambda *shape, dtype=getattr(torch, dtype): torch.empty(shape, dtype=dtype, device="meta")
+E, K, D, F = 64, 8, 2048, 1024
+weights_TK, ids_TK, probs_TE = gating.topk_gate(make(16384, E), K, "softmax", True)
+gating.topk_gate_backward(weights_TK, probs_TE, ids_TK, probs_TE, "softmax", True)
+launches = len(found)
+permutation.build_routing(ids_TK, E, -1)
+launches = len(found) - launches
+routing = permutation.build_routing(ids_TK, E, 4096)
+permutation.build_routing_from_experts(make(16384, dtype=torch.int64), make(E + 1, dtype=torch.int64), 16384)
+x_TD = make(16384, D)
+y_RD = permutation.permute(x_TD, *routing[:2])
+permutation.unpermute_backward(x_TD, y_RD, *routing[:2], weights_TK)
+for T, activation, pairs, transposed, save, biases in (
+    (16384, "swiglu", False, False, "z", False),
+    (512, "swiglu", False, False, "z", False),
+    (16384, "swiglu", False, False, "z8", False),
+    (16384, "clamped_swiglu", True, True, "z", True),
+    (128, "clamped_swiglu", True, True, "z8", True),
+    (16384, "geglu", False, True, "z8", True),
+    (16384, "gelu_tanh", False, False, "z8", True),
+    (512, "relu2", False, True, "x", False),
+):
+    about = f"{T} tokens, {activation}, interleaved {pairs}, transposed {transposed}, save {save}, biases {biases}"
+    Z = 2 * F if activation in experts.GATED else F
+    shapes = ((E, D, Z), (E, F, D)) if transposed else ((E, Z, D), (E, D, F))
+    R = (T * K,)
+    inputs = (make(T, D), make(T, K), make(*R, dtype=torch.int32), make(T, K, dtype=torch.int32), routing[2],
+              *(make(*shape) for shape in shapes), *((make(E, Z), make(E, D)) if biases else (None, None)))
+    layer = (activation, pairs, transposed, 1.702, 7.0, save)
     y_TD, z_RZ, z_scale = experts.moe_mlp(*inputs, *layer, False)
-    experts.moe_mlp_backward(x_TD, *inputs, z_RZ, z_scale, *layer, True, True, True, True, False, False, False)
-print(json.dumps({"kernels": sorted(kernels), "found": found}))
+    experts.moe_mlp_backward(y_TD, *inputs, z_RZ, z_scale, *layer, True, True, True, True, biases, biases, False)
+print(json.dumps({"kernels": sorted(kernels), "found": found, "launches": launches}))
 """
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory) -> dict:
-    cache = str(tmp_path_factory.mktemp("triton"))
-    done = run(sys.executable, "-c", COMPILE, json.dumps(ARCHITECTURES), TRITON_CACHE_DIR=cache)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @pytest.mark.parametrize("arch, dtype", [*((arch, "bfloat16") for arch in ARCHITECTURES), (90, "float32")])
-def test_triton_kernels_compile(arch, dtype, compiled, record_property):
-    found = compiled["found"][f"{arch} {dtype}"]
-    record_property("resources", json.dumps(found))
-    assert sorted(found) == compiled["kernels"]
-    for name, usage in found.items():
-        assert usage["shared"] <= ARCHITECTURES[arch], f"{name} wants {usage['shared']} bytes of shared memory"
-        assert usage["stack"] <= 256, f"{name} spills {usage['stack']} bytes a thread"
+def test_triton_kernels_compile(arch, dtype, tmp_path, record_property):
+    words = json.dumps([arch, ARCHITECTURES[arch], dtype])
+    done = run(sys.executable, "-c", COMPILE, words, TRITON_CACHE_DIR=str(tmp_path))
+    compiled = json.loads(done.stdout.splitlines()[-1])
+    record_property("resources", json.dumps(compiled["found"]))
+    assert sorted({usage["kernel"] for usage in compiled["found"]}) == compiled["kernels"]
+    assert compiled["launches"] == 2, "build_routing takes two launches"
+    for usage in compiled["found"]:
+        assert usage["shared"] <= ARCHITECTURES[arch], f"more shared memory than a block may use: {usage}"
+        # below 255 it is ptxas that spills a few words to have one more program on a processor; 8: Triton 3.6, sm_80
+        assert usage["stack"] <= (32 if usage["registers"] < 255 else 8), f"registers spill: {usage}"
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not installed")

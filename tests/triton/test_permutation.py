@@ -5,6 +5,7 @@ import torch
 
 from fastmoe import testing
 from fastmoe.ops import build_routing, build_routing_from_experts, permute, unpermute
+from fastmoe.ops.permutation import kernels
 from tests.triton.common import SHAPES, check
 
 
@@ -23,6 +24,15 @@ def test_build_routing(name, capacity):
     for routing, dtype in zip(testing.ROUTINGS, (torch.int64, torch.int32, torch.int64, torch.int32)):
         ids_TK = testing.draw_ids(SHAPES[name], routing).to(dtype)
         same_routing(lambda: build_routing(ids_TK, SHAPES[name].E, capacity))  # noqa: B023
+
+
+@pytest.mark.parametrize("capacity", [None, 40])
+@pytest.mark.parametrize("E, K", [(9, 3), (600, 2)])
+def test_build_routing_with_long_chunks(E, K, capacity, monkeypatch):
+    monkeypatch.setattr(kernels, "CHUNKS", 2)  # each of 512 slots: two steps
+    for routing in testing.ROUTINGS:
+        ids_TK = testing.draw_ids(testing.Shape(700 // K, 1, 1, E, K, 1), routing)
+        same_routing(lambda: build_routing(ids_TK, E, capacity))  # noqa: B023
 
 
 def test_build_routing_drops_ids_outside():

@@ -474,12 +474,14 @@ def _wgrad_kernel(
         expert = tl.load(experts_ptr + index)
     m_M = place // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
     n_N = place % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    end = tl.load(offsets_ptr + expert + 1)
+    begin, end = tl.load(offsets_ptr + expert), tl.load(offsets_ptr + expert + 1)
+    k_K = tl.arange(0, BLOCK_K)
+    slot_K = tl.load(src_row_ptr + begin + k_K, mask=begin + k_K < end, other=0)
     sum_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for row in range(tl.load(offsets_ptr + expert), end, BLOCK_K):
-        row_K = row + tl.arange(0, BLOCK_K)
+    for row in range(begin, end, BLOCK_K):
+        row_K = row + k_K
         used_K = row_K < end
-        token_K = (tl.maximum(tl.load(src_row_ptr + row_K, mask=used_K, other=0), 0) // K).to(tl.int64)
+        token_K = (tl.maximum(slot_K, 0) // K).to(tl.int64)
         a_row_K = token_K if GATHER_A else row_K.to(tl.int64)
         b_row_K = row_K.to(tl.int64) if GATHER_A else token_K
         a_MK = tl.load(
@@ -489,6 +491,8 @@ def _wgrad_kernel(
             b_ptr + b_row_K[:, None] * N + n_N[None, :], mask=used_K[:, None] & (n_N < N)[None, :], other=0.0
         )
         sum_MN = _dot(a_MK, b_KN, sum_MN)
+        # a step ahead: behind a load of its own step, the gathers would be pipelined half as deep
+        slot_K = tl.load(src_row_ptr + row_K + BLOCK_K, mask=row_K + BLOCK_K < end, other=0)
     out_ptrs = out_ptr + index * M * N + m_M.to(tl.int64)[:, None] * N + n_N[None, :]
     tl.store(out_ptrs, to_storage(sum_MN, out_ptr.dtype.element_ty), mask=(m_M < M)[:, None] & (n_N < N)[None, :])
 
@@ -895,9 +899,10 @@ def _down_backward(
             _dweight_kernel[(triton.cdiv(tiles.R, 256),)](parts, src_row_R, dweights_TK, tiles.R, columns, BLOCK=256)
 
     rows = _bucket(tiles.R, tiles.E)
-    most_n = 128 if jit.device(dy_TD).shared_memory > 200 << 10 else 64  # 128 spills registers before Hopper
-    configs = _configs(dy_TD, rows, layer.F, layer.D, most_n)
-    _tuned("down_backward", dy_TD, (rows, layer.D, layer.F, layer.layout, layer.transposed), configs, layer, run)
+    wide = jit.device(dy_TD).shared_memory > 200 << 10 and z_scale is None  # elsewhere 128 columns spill registers
+    configs = _configs(dy_TD, rows, layer.F, layer.D, 128 if wide else 64)
+    key = rows, layer.D, layer.F, layer.layout, layer.transposed, wide
+    _tuned("down_backward", dy_TD, key, configs, layer, run)
 
 
 SOURCES = (Path(__file__), Path(permutation.__file__).with_name("kernels.py"))

@@ -1,4 +1,6 @@
-"""Permutation in Triton: a counting sort of the slots, and the movement of rows into expert order and back."""
+"""Permutation in Triton: a counting sort of the slots in two launches, and the movement of rows into expert order and
+back.
+"""
 
 import torch
 import triton
@@ -7,7 +9,8 @@ import triton.language as tl
 from fastmoe import jit
 
 INTERPRETED = tl.constexpr(jit.interpreted())
-SLOTS = 256  # slots of one chunk of the counting sort
+SLOTS = 256  # slots that find their places at once
+CHUNKS = 128  # parts of the slots in build_routing, each of SLOTS to 4096
 
 
 @triton.jit
@@ -22,109 +25,126 @@ def to_storage(value, dtype: tl.constexpr):
 
 
 @triton.jit
-def _count_kernel(
-    ids_ptr, counts_ptr, N, E, J, chunks, SLOTS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr
-):
-    """counts[e, j, chunk]: slots of the chunk that name expert e and are of choice j (J = 1: of any choice)."""
-    chunk = tl.program_id(0)
-    e_E = tl.arange(0, BLOCK_E)
-    place_S = tl.arange(0, BLOCK)
-    slot_S = chunk.to(tl.int64) * SLOTS + place_S
-    id_S = tl.load(ids_ptr + slot_S, mask=(place_S < SLOTS) & (slot_S < N), other=-1)
+def _count_kernel(ids_ptr, counts_ptr, N, E, J, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr):
+    """counts[j, chunk, e]: slots of the chunk that name expert e and are of choice j (J = 1: of any choice)."""
+    slot_S = tl.program_id(0).to(tl.int64) * CHUNK + tl.arange(0, CHUNK)
+    id_S = tl.load(ids_ptr + slot_S, mask=slot_S < N, other=-1)
     named_S = (id_S >= 0) & (id_S < E)
     id_S = tl.where(named_S, id_S, 0).to(tl.int32)
     for j in range(J):
-        count_E = tl.histogram(id_S, BLOCK_E, mask=named_S & (place_S % J == j))
-        tl.store(counts_ptr + (e_E.to(tl.int64) * J + j) * chunks + chunk, count_E, mask=e_E < E)
+        counts_ptrs = counts_ptr + (j * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * E
+        for e0 in range(0, E, BLOCK_E):
+            e_E = e0 + tl.arange(0, BLOCK_E)
+            here_S = named_S & (slot_S % J == j) & (id_S >= e0) & (id_S < e0 + BLOCK_E)
+            count_E = tl.histogram(tl.where(here_S, id_S - e0, 0), BLOCK_E, mask=here_S)
+            tl.store(counts_ptrs + e_E, count_E, mask=e_E < E)
 
 
 @triton.jit
-def _scan_kernel(
-    counts_ptr,
-    quota_ptr,
-    before_ptr,
-    totals_ptr,
-    J,
-    chunks,
-    capacity,
-    CAPPED: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """One expert: before[e, chunk] = rows it keeps in earlier chunks, quota[e, j, chunk] = how many it may keep."""
-    e = tl.program_id(0).to(tl.int64)
-    j_J = tl.arange(0, BLOCK_J)
-    seen_J = tl.zeros((BLOCK_J,), tl.int32)
-    if CAPPED:
-        for c0 in range(0, chunks, BLOCK_C):
-            c_C = c0 + tl.arange(0, BLOCK_C)
-            at_JC = (e * J + j_J)[:, None] * chunks + c_C[None, :]
-            seen_J += tl.sum(tl.load(counts_ptr + at_JC, mask=(j_J < J)[:, None] & (c_C < chunks)[None, :], other=0), 1)
-        seen_J = tl.cumsum(seen_J, 0) - seen_J
-    kept = tl.sum(tl.zeros((BLOCK_C,), tl.int32), 0)
-    for c0 in range(0, chunks, BLOCK_C):
-        c_C = c0 + tl.arange(0, BLOCK_C)
-        at_JC = (e * J + j_J)[:, None] * chunks + c_C[None, :]
-        mask_JC = (j_J < J)[:, None] & (c_C < chunks)[None, :]
-        count_JC = tl.load(counts_ptr + at_JC, mask=mask_JC, other=0)
-        if CAPPED:
-            quota_JC = tl.maximum(capacity - (seen_J[:, None] + tl.cumsum(count_JC, 1) - count_JC), 0)
-            tl.store(quota_ptr + at_JC, quota_JC, mask=mask_JC)
-            seen_J += tl.sum(count_JC, 1)
-            count_JC = tl.minimum(count_JC, quota_JC)
-        count_C = tl.sum(count_JC, 0)
-        tl.store(before_ptr + e * chunks + c_C, kept + tl.cumsum(count_C, 0) - count_C, mask=c_C < chunks)
-        kept += tl.sum(count_C, 0)
-    tl.store(totals_ptr + 1 + e, kept)
-    tl.store(totals_ptr, 0, mask=e == 0)
+def _key(ids_ptr, slot_S, N, E, J):
+    """A number for the expert of a slot and, with J > 1, its choice; -1 where there is none."""
+    id_S = tl.load(ids_ptr + slot_S, mask=slot_S < N, other=-1)
+    named_S = (id_S >= 0) & (id_S < E)
+    return tl.where(named_S, tl.where(named_S, id_S, 0).to(tl.int32) * J + (slot_S % J).to(tl.int32), -1)
+
+
+@triton.jit
+def _rank(ids_ptr, slot0, N, E, J, SLOTS: tl.constexpr, BLOCK_G: tl.constexpr):
+    """Of the SLOTS slots from slot0: their keys, how many earlier ones have the same, whether no later one has it."""
+    place_S = tl.arange(0, SLOTS)
+    key_S = _key(ids_ptr, slot0 + place_S, N, E, J)
+    earlier_S = tl.zeros((SLOTS,), tl.int32)
+    later_S = tl.zeros((SLOTS,), tl.int32)
+    for g0 in range(0, SLOTS, BLOCK_G):
+        place_G = g0 + tl.arange(0, BLOCK_G)
+        same_SG = key_S[:, None] == _key(ids_ptr, slot0 + place_G, N, E, J)[None, :]
+        earlier_S += tl.sum((same_SG & (place_G[None, :] < place_S[:, None])).to(tl.int32), 1)
+        later_S += tl.sum((same_SG & (place_G[None, :] > place_S[:, None])).to(tl.int32), 1)
+    return key_S, earlier_S, (later_S == 0) & (key_S >= 0)
 
 
 @triton.jit
 def _place_kernel(
     ids_ptr,
+    counts_ptr,
     quota_ptr,
-    before_ptr,
+    next_ptr,
     offsets_ptr,
     src_row_ptr,
     dst_row_ptr,
     N,
     E,
     J,
-    chunks,
-    groups,
+    capacity,
     CAPPED: tl.constexpr,
+    CHUNK: tl.constexpr,
     SLOTS: tl.constexpr,
-    BLOCK: tl.constexpr,
     BLOCK_G: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):
-    """One chunk: a slot's row = its expert's first row + rows kept in earlier chunks + kept before it in this one."""
-    chunk = tl.program_id(0)
-    place_S = tl.arange(0, BLOCK)
-    slot_S = chunk.to(tl.int64) * SLOTS + place_S
-    inside_S = (place_S < SLOTS) & (slot_S < N)
-    id_S = tl.load(ids_ptr + slot_S, mask=inside_S, other=-1)
-    keep_S = (id_S >= 0) & (id_S < E)
-    id_S = tl.where(keep_S, id_S, -1)
-    rank_S = tl.zeros((BLOCK,), tl.int32)
-    for j in range(groups):  # capped: the slots of choice j; else the next BLOCK_G slots
-        if CAPPED:
-            place_G = tl.arange(0, BLOCK_G) * J + j
-        else:
-            place_G = tl.arange(0, BLOCK_G) + j * BLOCK_G
-        slot_G = chunk.to(tl.int64) * SLOTS + place_G
-        id_G = tl.load(ids_ptr + slot_G, mask=(place_G < SLOTS) & (slot_G < N), other=-1)
-        same_SG = (id_S[:, None] == id_G[None, :]) & (place_G[None, :] < place_S[:, None])
-        earlier_S = tl.sum(same_SG.to(tl.int32), 1)
-        if CAPPED:
-            quota_S = tl.load(quota_ptr + (id_S.to(tl.int64) * J + j) * chunks + chunk, mask=id_S >= 0, other=0)
-            keep_S = keep_S & ((place_S % J != j) | (earlier_S < quota_S))
-            earlier_S = tl.minimum(earlier_S, quota_S)
-        rank_S += earlier_S
-    row_S = tl.load(offsets_ptr + id_S, mask=keep_S, other=0) + rank_S
-    row_S += tl.load(before_ptr + id_S.to(tl.int64) * chunks + chunk, mask=keep_S, other=0)
-    tl.store(dst_row_ptr + slot_S, tl.where(keep_S, row_S, -1), mask=inside_S)
-    tl.store(src_row_ptr + row_S, slot_S.to(tl.int32), mask=keep_S)
-    tl.store(src_row_ptr + slot_S, -1, mask=inside_S & (slot_S >= tl.load(offsets_ptr + E)))
+    """One chunk. From all counts: the row that each expert's next slot here goes to and, with a capacity, how many of
+    each choice it may still keep. Then SLOTS slots at a time: which are kept, where they go.
+    """
+    chunk, chunks = tl.program_id(0), tl.num_programs(0)
+    quota_ptr += chunk.to(tl.int64) * E * J
+    next_ptr += chunk.to(tl.int64) * E
+    e_E = tl.arange(0, BLOCK_E)
+    used = tl.sum(tl.zeros((BLOCK_E,), tl.int32), 0)
+    for e0 in range(0, E, BLOCK_E):
+        kept_E = tl.zeros((BLOCK_E,), tl.int32)
+        before_E = tl.zeros((BLOCK_E,), tl.int32)  # kept in earlier chunks
+        seen_E = tl.zeros((BLOCK_E,), tl.int32)  # of earlier choices
+        for j in range(J):
+            total_E = tl.zeros((BLOCK_E,), tl.int32)
+            earlier_E = tl.zeros((BLOCK_E,), tl.int32)
+            for c0 in range(0, chunks, BLOCK_C):
+                c_C = c0 + tl.arange(0, BLOCK_C)
+                count_CE = tl.load(
+                    counts_ptr + (j * chunks + c_C).to(tl.int64)[:, None] * E + (e0 + e_E)[None, :],
+                    mask=(c_C < chunks)[:, None] & (e0 + e_E < E)[None, :],
+                    other=0,
+                )
+                total_E += tl.sum(count_CE, 0)
+                earlier_E += tl.sum(tl.where((c_C < chunk)[:, None], count_CE, 0), 0)
+            if CAPPED:
+                room_E = tl.maximum(capacity - seen_E, 0)
+                seen_E += total_E
+                quota_E = tl.maximum(room_E - earlier_E, 0)
+                tl.store(quota_ptr + (e0 + e_E) * J + j, quota_E, mask=e0 + e_E < E)
+                total_E = tl.minimum(total_E, room_E)
+                earlier_E = tl.minimum(earlier_E, room_E)
+            kept_E += total_E
+            before_E += earlier_E
+        first_E = used + tl.cumsum(kept_E, 0) - kept_E
+        tl.store(next_ptr + e0 + e_E, first_E + before_E, mask=e0 + e_E < E)
+        tl.store(offsets_ptr + e0 + e_E, first_E, mask=e0 + e_E < tl.where(chunk == 0, E, 0))
+        used += tl.sum(kept_E, 0)
+    tl.store(offsets_ptr + E, used, mask=chunk == 0)
+    tl.debug_barrier()
+    place_S = tl.arange(0, SLOTS)
+    if CAPPED:  # dst_row holds the experts of the kept slots for now
+        for s0 in range(0, CHUNK, SLOTS):
+            slot0 = chunk.to(tl.int64) * CHUNK + s0
+            key_S, earlier_S, last_S = _rank(ids_ptr, slot0, N, E, J, SLOTS, BLOCK_G)
+            quota_S = tl.load(quota_ptr + key_S, mask=key_S >= 0, other=0)
+            kept_S = tl.where(earlier_S < quota_S, key_S // J, -1)
+            tl.store(dst_row_ptr + slot0 + place_S, kept_S, mask=slot0 + place_S < N)
+            tl.debug_barrier()
+            tl.store(quota_ptr + key_S, quota_S - earlier_S - 1, mask=last_S)
+            tl.debug_barrier()
+    for s0 in range(0, CHUNK, SLOTS):
+        slot0 = chunk.to(tl.int64) * CHUNK + s0
+        slot_S = slot0 + place_S
+        expert_S, earlier_S, last_S = _rank(dst_row_ptr if CAPPED else ids_ptr, slot0, N, E, 1, SLOTS, BLOCK_G)
+        row_S = tl.load(next_ptr + expert_S, mask=expert_S >= 0, other=-1) + earlier_S
+        row_S = tl.where(expert_S >= 0, row_S, -1)
+        tl.debug_barrier()
+        tl.store(next_ptr + expert_S, row_S + 1, mask=last_S)
+        tl.store(dst_row_ptr + slot_S, row_S, mask=slot_S < N)
+        tl.store(src_row_ptr + row_S, slot_S.to(tl.int32), mask=expert_S >= 0)
+        tl.store(src_row_ptr + slot_S, -1, mask=(slot_S >= used) & (slot_S < N))
+        tl.debug_barrier()
 
 
 @triton.jit
@@ -227,53 +247,39 @@ def build_routing(topk_ids_TK, num_experts, capacity):
     if N == 0:
         return make(0), make(T, K), make(E + 1).zero_()
     capped = 0 <= capacity < N
-    J, slots = (K, max(1, SLOTS // K) * K) if capped else (1, SLOTS)
-    chunks, block = triton.cdiv(N, slots), triton.next_power_of_2(slots)
-    block_J = triton.next_power_of_2(J)
-    block_C = min(triton.next_power_of_2(chunks), max(1, 4096 // block_J))
-    block_G = triton.next_power_of_2(slots // K) if capped else 32
+    J, block_E = K if capped else 1, triton.next_power_of_2(E)
+    chunk = min(16 * SLOTS, max(SLOTS, triton.next_power_of_2(triton.cdiv(N, CHUNKS))))
+    chunks = triton.cdiv(N, chunk)
     ids_TK = topk_ids_TK.contiguous()
-    counts_EJC, before_EC, totals, src_row_R, dst_row_TK = (
-        make(E, J, chunks),
-        make(E, chunks),
+    counts, next_CE, offsets, src_row_R, dst_row_TK = (
+        make(J, chunks, E),
+        make(chunks, E),
         make(E + 1),
         make(N),
         make(T, K),
     )
-    quota_EJC = make(E, J, chunks) if capped else None
     with torch.cuda.device_of(ids_TK):
-        _count_kernel[(chunks,)](
-            ids_TK, counts_EJC, N, E, J, chunks, SLOTS=slots, BLOCK=block, BLOCK_E=max(32, triton.next_power_of_2(E))
-        )
-        _scan_kernel[(E,)](
-            counts_EJC,
-            quota_EJC,
-            before_EC,
-            totals,
-            J,
-            chunks,
-            capacity,
-            CAPPED=capped,
-            BLOCK_J=block_J,
-            BLOCK_C=block_C,
-        )
-        offsets = torch.cumsum(totals, 0, dtype=torch.int32)
+        _count_kernel[(chunks,)](ids_TK, counts, N, E, J, CHUNK=chunk, BLOCK_E=min(4096, max(32, block_E)))
         _place_kernel[(chunks,)](
             ids_TK,
-            quota_EJC,
-            before_EC,
+            counts,
+            make(chunks, E, J) if capped else counts,
+            next_CE,
             offsets,
             src_row_R,
             dst_row_TK,
             N,
             E,
             J,
-            chunks,
-            J if capped else block // block_G,
+            capacity,
             CAPPED=capped,
-            SLOTS=slots,
-            BLOCK=block,
-            BLOCK_G=block_G,
+            CHUNK=chunk,
+            SLOTS=SLOTS,
+            BLOCK_G=32,
+            BLOCK_C=min(triton.next_power_of_2(chunks), 16),
+            BLOCK_E=min(256, block_E),
+            num_warps=8,
+            num_stages=1,  # what is stored in a step is loaded in the next
         )
     return src_row_R, dst_row_TK, offsets
 
