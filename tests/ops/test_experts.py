@@ -261,6 +261,14 @@ class TestExperts(Battery):
             options |= {"alpha": 1.3, "limit": 0.8}  # a fifth of the gates and two fifths of the ups lie beyond
         assert_matches_loop(backend, draw_inputs(Shape(13, 19, 13, 5, 3, 1), routing="dropped", **drawn), **options)
 
+    @pytest.mark.parametrize(("D", "F"), [(1, 200), (200, 1), (3, 130), (130, 3)])
+    @pytest.mark.parametrize(
+        "layer", [{}, {"interleaved": True, "transposed": True}, {"activation": "gelu"}], ids=label
+    )
+    def test_narrow_layers_match_a_loop(self, backend, layer, D, F):
+        drawn, options = split(layer)
+        assert_matches_loop(backend, draw_inputs(Shape(13, D, F, 5, 3, 1), **drawn), **options)
+
     @pytest.mark.parametrize("biases", [True, "wide"])
     def test_gpt_oss_matches_a_loop(self, backend, biases):
         drawn, options = split(GPT_OSS | {"biases": biases})

@@ -10,20 +10,24 @@ from fastmoe.ops.experts import ACTIVATIONS, GATED, SAVES
 from fastmoe.testing import DTYPES, Shape, assert_accurate, assert_bit_equal, forward_backward, generator
 from tests.ops.test_experts import BACKENDS, FLOATS, draw_inputs, with_routing
 
+TOKENS = (37, 1, 2, 3, 7, 8, 9, 16, 23, 48, 64, 65, 70, 0)  # first what hypothesis tries most
+WIDTHS = (33, 1, 2, 3, 5, 8, 15, 16, 17, 31, 48, 63, 64, 65, 66, 95, 96, 97, 127, 128, 129, 130, 191, 192)
+
 
 @st.composite
 def calls(draw):
     """What draws the inputs of a call from a seed, the options of moe_mlp, a capacity, the number of tokens."""
-    size = lambda most: draw(st.integers(1, 8) | st.integers(1, most))
     flag = lambda: draw(st.booleans())
-    T = draw(st.just(0) | st.integers(1, 8) | st.integers(1, 70))
-    E, K, D, F = size(70), draw(st.integers(1, 4)), size(130), size(200)
+    T, D, F = draw(st.sampled_from(TOKENS)), draw(st.sampled_from(WIDTHS)), draw(st.sampled_from(WIDTHS))
+    if min(D, F) < 8:  # torch sums long products of few columns in an order of their own, twice as exact
+        D, F = min(D, 17), min(F, 17)
+    E, K = draw(st.sampled_from((5, 1, 2, 3, 8, 17, 67))), draw(st.integers(1, 4))
     activation, dtype = draw(st.sampled_from(ACTIVATIONS)), draw(st.sampled_from(DTYPES))
     biases, transposed = flag(), flag()
     if activation == "clamped_swiglu" and dtype != torch.float32:
         biases = "wide"  # or a rounding of 16 bits decides what is beyond the limit
     skew = draw(st.sampled_from((0.0, 1.0, 3.0, 30.0)))  # 30: all to one
-    dropped = draw(st.sampled_from((0.0, 0.3, 1.0)))
+    dropped = draw(st.sampled_from((0.0, 0.3, 0.9)))
     weights, index = draw(st.sampled_from(("float32", "same"))), draw(st.sampled_from((torch.int32, torch.int64)))
 
     def make(seed):
@@ -46,7 +50,7 @@ def calls(draw):
         "save": draw(st.sampled_from(SAVES)),
         "sparse_grads": flag(),
     }
-    return make, options, draw(st.none() | st.integers(0, 20)), T
+    return make, options, draw(st.sampled_from((None, None, 0, 1, 5, 16))), T
 
 
 def run(inputs, options, capacity):
@@ -58,13 +62,13 @@ def run(inputs, options, capacity):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=40, deadline=None, derandomize=True, print_blob=False)
+@settings(max_examples=60, deadline=None, derandomize=True, print_blob=False)
 @given(calls())
 def test_accurate(backend, call):
     """The 2x rule over as many draws as give tiny calls, where plain torch may be right by luck, a fair sample."""
     make, options, capacity, T = call
     got, exact, plain = [], [], []
-    for seed in range(1 + 12 // max(T, 1)):
+    for seed in range(1 + 12 // T if T else 1):
         inputs = make(10 * seed)
         with testing.backend("reference"):
             exact.append(run(testing.to_float64(inputs), options | {"save": "z", "sparse_grads": False}, capacity))
