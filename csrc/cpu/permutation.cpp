@@ -11,7 +11,7 @@ typedef int32_t vi4 __attribute__((vector_size(16)));
 constexpr int64_t kRows = 16; /* of E + 1 counters in the workspace: of dropped slots, then of each expert's */
 
 int64_t chunks_for(int64_t slots, int64_t E, int64_t threads) {
-    const int64_t most = slots / (E + 2048), chunks = threads < kRows ? threads : kRows;
+    const int64_t most = slots / (E + 8192), chunks = threads < kRows ? threads : kRows;
     return most < 1 ? 1 : chunks < most ? chunks : most;
 }
 

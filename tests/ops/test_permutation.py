@@ -199,7 +199,7 @@ class TestPermutation(Battery):
         assert out_TD.isfinite().all() and y_RD.grad.isfinite().all() and weights_TK.grad.isfinite().all()
         assert bool((y_RD.grad[3] == 0).all()) and weights_TK.grad[0, 1] == 0
 
-    @pytest.mark.parametrize(("T", "K", "E"), [(5201, 3, 5), (2500, 7, 300)])
+    @pytest.mark.parametrize(("T", "K", "E"), [(20001, 3, 5), (6000, 7, 300)])
     @pytest.mark.parametrize("routing", ROUTINGS)
     def test_many_slots_shared_by_threads(self, backend, T, K, E, routing):
         """Enough for a chunk a thread; the last bad id of several chunks is not the one that is named."""
