@@ -100,6 +100,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify.add_argument("path", metavar="DIR", help="a run, its checkpoints folder or one checkpoint")
 
+    cache = commands.add_parser(
+        "cache", help="look after the block sizes that GPU kernels were tuned to"
+    ).add_subparsers(required=True, metavar="COMMAND")
+    warm = add("warm", _cache_warm, "tune the expert layer's kernels for shapes ahead of their use; needs a GPU", cache)
+    warm.add_argument(
+        "--shape",
+        nargs="+",
+        default=["32768,2048,768,128,8"],
+        metavar="T,D,F,E,K",
+        help="tokens, width, width of an expert, experts, experts of a token (default: 32768,2048,768,128,8)",
+    )
+    warm.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    add("list", _cache_list, "show every choice, with the device and versions it was measured on", cache)
+    add("clear", _cache_clear, "forget every choice", cache)
+
     add("explain", _explain, "show which backend each op takes on this machine, and why")
     return parser
 
@@ -173,6 +188,48 @@ def _verify(args: argparse.Namespace) -> int:
         damaged += bool(problems)
         print(f"{path}: {'damaged: ' + '; '.join(problems) if problems else 'intact'}")
     return 1 if damaged else 0
+
+
+def _cache_warm(args: argparse.Namespace) -> int:
+    import torch
+
+    from fastmoe import ops
+
+    shapes = []
+    for word in args.shape:
+        sizes = word.split(",")
+        if len(sizes) != 5 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
+            raise ValueError(f"fastmoe.cache: --shape must be T,D,F,E,K, five sizes of at least 1, got {word!r}")
+        shapes.append([int(size) for size in sizes])
+    if not torch.cuda.is_available():
+        print("fastmoe: `cache warm` times kernels on a GPU, and PyTorch sees no CUDA device", file=sys.stderr)
+        return 1
+    for T, D, F, E, K in shapes:
+        draw = lambda *shape: (
+            torch.randn(shape, device="cuda").mul_(0.02).to(getattr(torch, args.dtype)).requires_grad_()
+        )
+        ids_TK = torch.rand(T, E, device="cuda").topk(K).indices
+        y_TD = ops.moe_mlp(draw(T, D), ids_TK, draw(T, K), draw(E, 2 * F, D), draw(E, D, F))
+        y_TD.sum().backward()
+        print(f"{T},{D},{F},{E},{K} {args.dtype}: tuned")
+    return 0
+
+
+def _cache_list(args: argparse.Namespace) -> None:
+    from fastmoe.ops import autotune
+
+    for path in autotune.files():
+        content = autotune.load(path)
+        about = ", ".join(f"{name} {value}" for name, value in content.items() if name not in ("choices", "kernels"))
+        print(f"{path}: {about}")
+        for word, config in sorted(content["choices"].items()):
+            print(f"  {word}: {' '.join(f'{name}={value}' for name, value in config.items())}")
+
+
+def _cache_clear(args: argparse.Namespace) -> None:
+    from fastmoe.ops import autotune
+
+    print(f"{autotune.clear()} files removed from {autotune.folder()}")
 
 
 def _explain(args: argparse.Namespace) -> None:

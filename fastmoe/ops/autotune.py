@@ -156,17 +156,33 @@ class Choices:
 
     def _read(self) -> dict[str, Config]:
         try:
-            path = folder() / self.name
-            with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW)) as file:
-                _check_owner(os.fstat(file.fileno()), path, stat.S_ISREG)
-                choices = json.load(file)["choices"]
-            good = all(isinstance(c, dict) and all(type(v) is int for v in c.values()) for c in choices.values())
-            return choices if good else {}
+            return load(folder() / self.name)["choices"]
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError) as error:
             warnings.warn(f"fastmoe: the autotune cache is ignored: {error}", stacklevel=2)
             return {}
+
+
+def load(path: Path) -> dict:
+    """A cache file: device, versions and, under "choices", the config of each kernel and key.
+
+    Errors: OSError where it cannot be read or is another user's; ValueError where it is damaged.
+    """
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW)) as file:
+        _check_owner(os.fstat(file.fileno()), path, stat.S_ISREG)
+        content = json.load(file)
+    choices = content.get("choices") if isinstance(content, dict) else None
+    if not isinstance(choices, dict) or not all(
+        isinstance(config, dict) and all(type(value) is int for value in config.values()) for config in choices.values()
+    ):
+        raise ValueError(f"fastmoe.autotune: {path} must hold choices, got something else")
+    return content
+
+
+def files() -> list[Path]:
+    """The cache files of this user."""
+    return sorted(folder().glob("autotune-*.json"))
 
 
 @cache
@@ -183,8 +199,8 @@ def _choices(device: int, sources: tuple[Path, ...]) -> Choices:
 
 def clear() -> int:
     """Removes every cache file; returns how many there were."""
-    files = list(folder().glob("autotune-*.json"))
-    for file in files:
-        file.unlink()
+    found = files()
+    for path in found:
+        path.unlink()
     _choices.cache_clear()
-    return len(files)
+    return len(found)

@@ -632,9 +632,12 @@ def _programs(config: dict[str, int], like: torch.Tensor, most: int) -> tuple[tu
     return (min(most, config["programs"] * jit.device(like).processors),), kernel
 
 
-def _tuned(kernel: str, like: torch.Tensor, key: tuple, configs: list[dict[str, int]], layer: _Layer, run: Callable):
-    """run(config) with the config that autotune chooses for this kernel and key."""
+def _tuned(kernel: str, like: torch.Tensor, key: tuple, configs: list[dict[str, int]], work: int, layer: _Layer, run):
+    """run(config) with the config that autotune chooses for this kernel and key; the first where there is little work,
+    in multiplications.
+    """
     agrees = partial(_agrees, kernel, layer=layer, like=like)
+    configs = configs if work >= 1 << 31 else configs[:1]
     return run(autotune.choose(kernel, (like.dtype, *key), configs, run, agrees, like, SOURCES))
 
 
@@ -677,7 +680,15 @@ def _up(x_TD, src_row_R, tiles, K, gate_up_proj, bias, layer, z_RZ, z_scale, act
 
     rows = _bucket(tiles.R, tiles.E)
     configs = _configs(x_TD, rows, layer.F, layer.D, 64, 1 if layer.layout == "plain" else 2)
-    _tuned("gate_up", x_TD, (rows, layer.D, layer.F, layer.layout, layer.transposed), configs, layer, run)
+    _tuned(
+        "gate_up",
+        x_TD,
+        (rows, layer.D, layer.F, layer.layout, layer.transposed),
+        configs,
+        tiles.R * layer.D * layer.Z,
+        layer,
+        run,
+    )
 
 
 def _rows(a, tiles, weight, bias, layer, n, j, strides):
@@ -691,7 +702,7 @@ def _rows(a, tiles, weight, bias, layer, n, j, strides):
         _rows_kernel[grid](a, table, first, weight, bias, out, columns, n, j, *strides, GROUP=8, **config)
 
     rows = _bucket(tiles.R, tiles.E)
-    _tuned("rows", a, (rows, n, j, strides[2] == 1), _configs(a, rows, n, j), layer, run)
+    _tuned("rows", a, (rows, n, j, strides[2] == 1), _configs(a, rows, n, j), tiles.R * n * j, layer, run)
     return out
 
 
@@ -714,7 +725,7 @@ def _wgrad(a, b, src_row_R, offsets, experts, K, layer, like, gather_a):
         blocks = ((m, n, k), (m, n // 2, k), (m // 2, n, k), (m, 2 * n, k), (m, n, max(16, k // 2)))
         shapes = dict.fromkeys((_fit(M, m), _fit(N, n), k) for m, n, k in blocks)
         configs = [_config(a, *shape) for shape in shapes]
-        _tuned("wgrad", a, (rows, M, N, gather_a), configs, layer, run)
+        _tuned("wgrad", a, (rows, M, N, gather_a), configs, src_row_R.shape[0] * M * N, layer, run)
     return out
 
 
@@ -902,7 +913,7 @@ def _down_backward(
     wide = jit.device(dy_TD).shared_memory > 200 << 10 and z_scale is None  # elsewhere 128 columns spill registers
     configs = _configs(dy_TD, rows, layer.F, layer.D, 128 if wide else 64)
     key = rows, layer.D, layer.F, layer.layout, layer.transposed, wide
-    _tuned("down_backward", dy_TD, key, configs, layer, run)
+    _tuned("down_backward", dy_TD, key, configs, tiles.R * layer.D * layer.F, layer, run)
 
 
 SOURCES = (Path(__file__), Path(permutation.__file__).with_name("kernels.py"))
