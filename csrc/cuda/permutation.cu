@@ -1,10 +1,10 @@
-// build_routing: a stable counting sort of the T*K slots by expert, in three launches.
+// build_routing: a stable counting sort of the T*K slots by expert, in two launches.
 //
-// The slots are cut into chunks of FM_CHUNK. Launch 1 counts each chunk's slots per expert, launch 2 turns the counts
-// of an expert into rows kept before each chunk, launch 3 gives every slot its row. With a capacity the counts are also
-// split by choice k, since first choices of all tokens come before second ones when an expert is full. Letters: E
-// experts, K choices, J = K with a capacity and 1 without, C chunks. Ids outside 0..E-1 are dropped. The sizes are
-// macros, set for exact shapes when the file is compiled at run time.
+// The slots are cut into chunks of FM_CHUNK. Launch 1 counts each chunk's slots per expert. In launch 2 every chunk
+// sums all counts for itself, which gives the first row of an expert here, and gives its slots their rows. With a
+// capacity the counts are also split by choice k, since first choices of all tokens come before second ones when an
+// expert is full. Letters: E experts, K choices, J = K with a capacity and 1 without, C chunks. Ids outside 0..E-1 are
+// dropped. The sizes are macros, set for exact shapes when the file is compiled at run time.
 
 #ifndef FM_E
 #define FM_E 64
@@ -34,6 +34,7 @@ constexpr int kWarp = 32;
 constexpr unsigned kAll = 0xffffffffu;
 constexpr int J = FM_CAPPED ? FM_K : 1;
 static_assert(FM_CHUNK % J == 0, "a chunk holds whole tokens");
+constexpr int kCounters = FM_E < 8192 ? FM_E : 8192;  // in shared memory
 
 // The expert of a slot, -1 where there is none.
 __device__ int expert_of(const Id* ids, long long slot, long long slots) {
@@ -65,67 +66,67 @@ __device__ int count_in(int* counter, int key, int lane) {
 
 }  // namespace
 
-// One block a chunk: counts[e, j, chunk].
+// One block a chunk: counts[j, chunk, e].
 extern "C" __global__ void fm_routing_count(const Id* ids, int* counts, long long slots, long long chunks) {
-    __shared__ int count_E[FM_E];
+    __shared__ int count_E[kCounters];
     const long long chunk = blockIdx.x;
     for (int j = 0; j < J; ++j) {
-        for (int e = threadIdx.x; e < FM_E; e += blockDim.x) count_E[e] = 0;
-        __syncthreads();
-        for (int place = j + threadIdx.x * J; place < FM_CHUNK; place += blockDim.x * J) {
-            const int e = expert_of(ids, chunk * FM_CHUNK + place, slots);
-            if (e >= 0) atomicAdd(&count_E[e], 1);
-        }
-        __syncthreads();
-        for (int e = threadIdx.x; e < FM_E; e += blockDim.x)
-            counts[(e * (long long)J + j) * chunks + chunk] = count_E[e];
-        __syncthreads();
-    }
-}
-
-// One warp an expert: before[e, chunk] = rows it keeps in earlier chunks (may be the memory of counts when J = 1),
-// totals[e]; with a capacity counts[e, j, chunk] becomes the number of slots that it may still keep there.
-extern "C" __global__ void fm_routing_scan(int* counts, int* before, int* totals, long long chunks,
-                                           long long capacity) {
-    const int lane = threadIdx.x;
-    const long long e = blockIdx.x;
-    if (FM_CAPPED) {
-        long long seen = 0;
-        for (int j = 0; j < J; ++j) {
-            int* count_C = counts + (e * J + j) * chunks;
-            for (long long first = 0; first < chunks; first += kWarp) {
-                const long long c = first + lane;
-                const int count = c < chunks ? count_C[c] : 0;
-                const int up_to = sum_up_to(count, lane);
-                const long long room = capacity - (seen + up_to - count);
-                const int quota = room > FM_CHUNK ? FM_CHUNK : room > 0 ? static_cast<int>(room) : 0;
-                if (c < chunks) {
-                    count_C[c] = quota;
-                    before[e * chunks + c] = (j ? before[e * chunks + c] : 0) + (count < quota ? count : quota);
-                }
-                seen += __shfl_sync(kAll, up_to, kWarp - 1);
+        for (int first = 0; first < FM_E; first += kCounters) {
+            for (int e = threadIdx.x; e < kCounters; e += blockDim.x) count_E[e] = 0;
+            __syncthreads();
+            for (int place = j + threadIdx.x * J; place < FM_CHUNK; place += blockDim.x * J) {
+                const int e = expert_of(ids, chunk * FM_CHUNK + place, slots) - first;
+                if (e >= 0 && e < kCounters) atomicAdd(&count_E[e], 1);
             }
+            __syncthreads();
+            for (int e = threadIdx.x; e < kCounters && first + e < FM_E; e += blockDim.x)
+                counts[(j * chunks + chunk) * FM_E + first + e] = count_E[e];
+            __syncthreads();
         }
     }
-    int* kept_C = (FM_CAPPED ? before : counts) + e * chunks;
-    int total = 0;
-    for (long long first = 0; first < chunks; first += kWarp) {
-        const long long c = first + lane;
-        const int kept = c < chunks ? kept_C[c] : 0;
-        const int up_to = sum_up_to(kept, lane);
-        if (c < chunks) before[e * chunks + c] = total + up_to - kept;
-        total += __shfl_sync(kAll, up_to, kWarp - 1);
-    }
-    if (lane == 0) totals[e] = total;
 }
 
-// One warp a chunk: offsets, src_row, dst_row.
-extern "C" __global__ void fm_routing_place(const Id* ids, const int* quotas, const int* before, const int* totals,
-                                            int* offsets, int* src_row, int* dst_row, long long slots,
-                                            long long chunks) {
-    __shared__ int next_E[FM_E];
+// One block a chunk, of which one warp gives the rows: offsets, src_row, dst_row. Scratch of each chunk: kept[chunk, e]
+// rows of an expert, before[chunk, e] those of earlier chunks, with a capacity quotas[chunk, j, e] slots that it may
+// still keep.
+extern "C" __global__ void fm_routing_place(const Id* ids, const int* counts, int* scratch, int* offsets, int* src_row,
+                                            int* dst_row, long long slots, long long chunks, long long capacity) {
     const int lane = threadIdx.x;
     const long long chunk = blockIdx.x;
+    int* kept_E = scratch + chunk * FM_E * (FM_CAPPED ? 3 + J : 3);
+    int* before_E = kept_E + FM_E;
+    int* quota_JE = kept_E + 3 * FM_E;
+#if FM_E <= 8192
+    __shared__ int next_E[FM_E];
+#else
+    int* next_E = kept_E + 2 * FM_E;
+#endif
+    for (int e = threadIdx.x; e < FM_E; e += blockDim.x) {
+        int kept = 0, before = 0;
+        long long seen = 0;
+        for (int j = 0; j < J; ++j) {
+            int total = 0, earlier = 0;
+#pragma unroll 16
+            for (long long c = 0; c < chunks; ++c) {
+                const int count = counts[(j * chunks + c) * FM_E + e];
+                total += count;
+                earlier += c < chunk ? count : 0;
+            }
+            if (FM_CAPPED) {
+                const int room = capacity > seen ? static_cast<int>(capacity - seen) : 0;
+                seen += total;
+                total = total < room ? total : room;
+                earlier = earlier < room ? earlier : room;
+                quota_JE[j * FM_E + e] = room - earlier;
+            }
+            kept += total;
+            before += earlier;
+        }
+        kept_E[e] = kept;
+        before_E[e] = before;
+    }
+    __syncthreads();
+    if (lane >= kWarp) return;
 #if FM_CAPPED
     __shared__ unsigned char keep_S[FM_CHUNK];
     for (int j = 0; j < J; ++j) {
@@ -135,19 +136,19 @@ extern "C" __global__ void fm_routing_place(const Id* ids, const int* quotas, co
             const int place = first + lane * J;
             const int e = place < FM_CHUNK ? expert_of(ids, chunk * FM_CHUNK + place, slots) : -1;
             const int rank = count_in(next_E, e, lane);
-            if (place < FM_CHUNK) keep_S[place] = e >= 0 && rank < quotas[(e * (long long)J + j) * chunks + chunk];
+            if (place < FM_CHUNK) keep_S[place] = e >= 0 && rank < quota_JE[j * FM_E + e];
         }
+        __syncwarp();
     }
-    __syncwarp();
 #endif
     int used = 0;
     for (int first = 0; first < FM_E; first += kWarp) {
         const int e = first + lane;
-        const int total = e < FM_E ? totals[e] : 0;
-        const int up_to = sum_up_to(total, lane);
+        const int kept = e < FM_E ? kept_E[e] : 0;
+        const int up_to = sum_up_to(kept, lane);
         if (e < FM_E) {
-            next_E[e] = used + up_to - total;
-            if (chunk == 0) offsets[e] = next_E[e];
+            next_E[e] = used + up_to - kept + before_E[e];
+            if (chunk == 0) offsets[e] = used + up_to - kept;
         }
         used += __shfl_sync(kAll, up_to, kWarp - 1);
     }
@@ -162,9 +163,8 @@ extern "C" __global__ void fm_routing_place(const Id* ids, const int* quotas, co
 #endif
         const int rank = count_in(next_E, e, lane);
         if (place >= FM_CHUNK || slot >= slots) continue;
-        const int row = e >= 0 ? before[e * chunks + chunk] + rank : -1;
-        dst_row[slot] = row;
-        if (e >= 0) src_row[row] = static_cast<int>(slot);
+        dst_row[slot] = e >= 0 ? rank : -1;
+        if (e >= 0) src_row[rank] = static_cast<int>(slot);
         if (slot >= used) src_row[slot] = -1;
     }
 }
