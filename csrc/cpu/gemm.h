@@ -56,8 +56,8 @@ inline v4 load4(const f16* p) {
 #endif
 }
 
-/* one: the lane of *p and, in a pair, *q. along: four lanes from a line, k runs along it. across: the lanes of four
- * neighbouring columns, p and q being neighbours in k. */
+/* one: the lane of *p and, in a pair, *q. along: four lanes from a line, k runs along it. across: the lanes of four or
+ * of W neighbouring columns, p and q being neighbours in k. */
 template <class L>
 struct Packer {
     template <class S>
@@ -71,6 +71,10 @@ struct Packer {
     template <class S>
     static v4 across(const S* p, const S*) {
         return load4(p);
+    }
+    template <class S>
+    static vf across_all(const S* p, const S*) {
+        return load(p);
     }
 };
 #if defined(__AVX512BF16__)
@@ -95,6 +99,14 @@ struct Packer<pairs> {
     static v4 across(const float* p, const float* q) {
         return bit_cast<v4>(_mm_unpacklo_epi16(bit_cast<__m128i>(_mm_cvtneps_pbh(_mm_loadu_ps(p))),
                                                bit_cast<__m128i>(_mm_cvtneps_pbh(_mm_loadu_ps(q)))));
+    }
+    static vf merge(__m256i p, __m256i q) {
+        return bit_cast<vf>(_mm512_or_si512(_mm512_cvtepu16_epi32(p), _mm512_slli_epi32(_mm512_cvtepu16_epi32(q), 16)));
+    }
+    static vf across_all(const bf16* p, const bf16* q) { return merge(load_bits<__m256i>(p), load_bits<__m256i>(q)); }
+    static vf across_all(const float* p, const float* q) {
+        return merge(bit_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_loadu_ps(p))),
+                     bit_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_loadu_ps(q))));
     }
 };
 #endif
@@ -150,42 +162,56 @@ void pack_columns(float* out, const Lines<S>& from, int64_t column0, int64_t col
         float* to = out + k * P;
         int64_t c = 0;
         for (; c + P <= columns; c += P, to += P * lanes) {
-            int j = 0;
-            for (; j + 4 <= P; j += 4) {
-                const v4 v = Packer<L>::across(p + c + j, q + c + j);
-                memcpy(to + j, &v, sizeof(v));
+            if constexpr (P % W == 0) {
+                for (int j = 0; j < P; j += W) store(to + j, Packer<L>::across_all(p + c + j, q + c + j));
+            } else {
+                static_assert(P >= 4, "the last four may overlap those before");
+                for (int j = 0; j < P; j = j + 4 < P && j + 8 > P ? P - 4 : j + 4) {
+                    const v4 v = Packer<L>::across(p + c + j, q + c + j);
+                    memcpy(to + j, &v, sizeof(v));
+                }
             }
-            for (; j < P; ++j) to[j] = Packer<L>::one(p + c + j, q + c + j);
         }
         for (int j = 0; c < columns && j < P; ++j) to[j] = c + j < columns ? Packer<L>::one(p + c + j, q + c + j) : 0.f;
     }
 }
 
+/* A panel of A: lane k of row i. Packed, or read where the rows are, each row's lanes being contiguous. */
+struct Packed {
+    const float* a;
+    const float* at(int64_t k, int i) const { return a + k * MR + i; }
+};
+template <int ROWS>
+struct InPlace {
+    const char* row[ROWS];
+    const char* at(int64_t k, int i) const { return row[i] + k * int64_t(sizeof(float)); }
+};
+
 template <class L>
-inline vf multiply_add(vf sum, const float* a, vf b) {
+inline vf multiply_add(vf sum, const void* a, vf b) {
 #if defined(__AVX512BF16__)
     if constexpr (L::K == 2)
         return bit_cast<vf>(_mm512_dpbf16_ps(bit_cast<__m512>(sum),
-                                             bit_cast<__m512bh>(_mm512_set1_epi32(bit_cast<int32_t>(*a))),
+                                             bit_cast<__m512bh>(_mm512_set1_epi32(load_bits<int32_t>(a))),
                                              bit_cast<__m512bh>(b)));
     else
 #endif
-        return sum + splat(*a) * b;
+        return sum + splat(load_bits<float>(a)) * b;
 }
 
-/* ROWS x NR of C from a panel of A (stride MR) and NR columns of B, `stride` apart from one lane of k to the next. Each
- * block of k sums from zero, so that the error grows with K / KC. */
-template <class L, int ROWS, class B>
-void micro_kernel(int64_t lanes, const float* a, const B* b, int64_t stride, float* c, bool add) {
+/* ROWS x NR of C from a panel of A and NR columns of B, `stride` apart from one lane of k to the next. Each block of k
+ * sums from zero, so that the error grows with K / KC. */
+template <class L, int ROWS, class A, class B>
+void micro_kernel(int64_t lanes, const A a, const B* b, int64_t stride, float* c, bool add) {
     vf acc[ROWS][2];
     for (int i = 0; i < ROWS; ++i)
         for (int j = 0; j < 2; ++j) acc[i][j] = splat(0);
-    for (int64_t k = 0; k < lanes; ++k, a += MR, b += stride) {
+    for (int64_t k = 0; k < lanes; ++k, b += stride) {
         const vf b0 = load(b), b1 = load(b + W);
 #pragma GCC unroll 6
         for (int i = 0; i < ROWS; ++i) {
-            acc[i][0] = multiply_add<L>(acc[i][0], a + i, b0);
-            acc[i][1] = multiply_add<L>(acc[i][1], a + i, b1);
+            acc[i][0] = multiply_add<L>(acc[i][0], a.at(k, i), b0);
+            acc[i][1] = multiply_add<L>(acc[i][1], a.at(k, i), b1);
         }
     }
     for (int i = 0; i < ROWS; ++i)
@@ -234,7 +260,7 @@ float* multiply(int64_t m, int64_t n, int64_t K, float* memory, PackA pack_a, Pa
         for (int64_t j = 0; j < n; j += NR)
             for (int64_t i = 0; i < m; i += MR)
                 with_rows(m - i, [&](auto rows) {
-                    micro_kernel<L, rows.value>(lanes, block.a + i * lanes, block.b + j * lanes, NR,
+                    micro_kernel<L, rows.value>(lanes, Packed{block.a + i * lanes}, block.b + j * lanes, NR,
                                                 block.c + i * NC + j, k0 > 0);
                 });
     }
@@ -298,11 +324,11 @@ float* multiply_thin(const Lines<SA>& a, int64_t r0, int64_t m, int64_t K, const
                             float* to = c + parts[part].at + n;
                             if (n + NR <= parts[part].n) {
                                 const SB* from = b.lines.line(k0) + parts[part].n0 + n;
-                                micro_kernel<single, ROWS>(k1 - k0, block.a, from, b.lines.stride, to, k0 > 0);
+                                micro_kernel<single, ROWS>(k1 - k0, Packed{block.a}, from, b.lines.stride, to, k0 > 0);
                             } else {
                                 pack_columns<NR, single>(block.b, b.lines, parts[part].n0 + n, parts[part].n - n, k0,
                                                          k1);
-                                micro_kernel<single, ROWS>(k1 - k0, block.a, block.b, NR, to, k0 > 0);
+                                micro_kernel<single, ROWS>(k1 - k0, Packed{block.a}, block.b, NR, to, k0 > 0);
                             }
                         }
                 }
@@ -311,25 +337,44 @@ float* multiply_thin(const Lines<SA>& a, int64_t r0, int64_t m, int64_t K, const
     return block.c;
 }
 
+/* Lanes that need no packing: the storage is what a lane holds. */
+template <class L, class S>
+constexpr bool kIsLane = sizeof(S) * L::K == sizeof(float);
+
 /* C [m, .] of rows r0.. of A (k runs along its lines) with parts of B. */
 template <class L, class SA, class SB>
 float* multiply(const Lines<SA>& a, int64_t r0, int64_t m, int64_t K, const Weight<SB>& b, const Columns* parts,
                 int num_parts, float* memory) {
     if (m <= kThin) return multiply_thin(a, r0, m, K, b, parts, num_parts, memory);
-    const Columns& last = parts[num_parts - 1];
-    return multiply<L>(
-        m, last.at + last.n, K, memory,
-        [&](float* out, int64_t k0, int64_t k1) { pack_lines<MR, L>(out, a, r0, m, k0, k1); },
-        [&](float* out, int64_t k0, int64_t k1) {
-            const int64_t lanes = (k1 - k0 + L::K - 1) / L::K;
-            for (int part = 0; part < num_parts; ++part) {
-                const Columns& p = parts[part];
-                if (b.k_along)
-                    pack_lines<NR, L>(out + p.at * lanes, b.lines, p.n0, p.n, k0, k1);
-                else
-                    pack_columns<NR, L>(out + p.at * lanes, b.lines, p.n0, p.n, k0, k1);
-            }
-        });
+    const Block block(memory);
+    const int64_t n = parts[num_parts - 1].at + parts[num_parts - 1].n;
+    for (int64_t k0 = 0; k0 < K; k0 += KC * L::K) {
+        const int64_t k1 = min64(K, k0 + KC * L::K), lanes = (k1 - k0 + L::K - 1) / L::K;
+        const bool in_place = kIsLane<L, SA> && (k1 - k0) % L::K == 0;
+        if (!in_place) pack_lines<MR, L>(block.a, a, r0, m, k0, k1);
+        for (int part = 0; part < num_parts; ++part) {
+            const Columns& p = parts[part];
+            if (b.k_along)
+                pack_lines<NR, L>(block.b + p.at * lanes, b.lines, p.n0, p.n, k0, k1);
+            else
+                pack_columns<NR, L>(block.b + p.at * lanes, b.lines, p.n0, p.n, k0, k1);
+        }
+        for (int64_t j = 0; j < n; j += NR)
+            for (int64_t i = 0; i < m; i += MR)
+                with_rows(m - i, [&](auto rows) {
+                    const float* columns = block.b + j * lanes;
+                    float* c = block.c + i * NC + j;
+                    if (in_place) {
+                        InPlace<rows.value> panel;
+                        for (int r = 0; r < rows.value; ++r)
+                            panel.row[r] = reinterpret_cast<const char*>(a.line(r0 + i + r) + k0);
+                        micro_kernel<L, rows.value>(lanes, panel, columns, NR, c, k0 > 0);
+                    } else {
+                        micro_kernel<L, rows.value>(lanes, Packed{block.a + i * lanes}, columns, NR, c, k0 > 0);
+                    }
+                });
+    }
+    return block.c;
 }
 
 /* Rows of each piece when m rows are cut into equal pieces of at most MC, a multiple of MR. */

@@ -6,7 +6,7 @@ namespace {
 namespace fm_workspace {
 
 /* gemm.h's block: rows of A, columns of B, lanes of k. The packed A, the packed B and C share an L2. */
-constexpr int64_t kRowsOfBlock = 192, kColumnsOfBlock = 256, kLanesOfBlock = 192;
+constexpr int64_t kRowsOfBlock = 384, kColumnsOfBlock = 128, kLanesOfBlock = 192;
 constexpr int64_t kThreadFloats = kRowsOfBlock * kLanesOfBlock + kLanesOfBlock * kColumnsOfBlock +
                                   kRowsOfBlock * kColumnsOfBlock + 64; /* what gemm.h needs of a thread */
 
