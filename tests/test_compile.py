@@ -31,6 +31,7 @@ def run(*words: str | Path, **environment: str) -> subprocess.CompletedProcess:
     return done
 
 
+@pytest.mark.timeout(1200)
 def test_triton_kernels_in_the_interpreter():
     """tests/triton needs a process of its own: the interpreter is chosen when a kernel is decorated."""
     run(sys.executable, "-m", "pytest", "-x", "tests/triton", TRITON_INTERPRET="1")
