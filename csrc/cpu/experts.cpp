@@ -370,6 +370,25 @@ struct Owners {
     int64_t operator[](int64_t i) const { return experts ? experts[i] : i; }
 };
 
+/* A block of the gradient of an expert with few rows: to[m, n] = sum_r a[r, m] b[r, n], straight to memory. a and b
+ * hold their rows' columns m0.. and n0.. as floats, MC and NC apart. */
+template <class S>
+void outer_products(int64_t rows, const float* a, int64_t m, const float* b, int64_t n, S* to, int64_t stride,
+                    bool streamed) {
+    alignas(64) float line[NC];
+    for (int64_t i = 0; i < m; ++i, to += stride) {
+        whole_vectors(n, [&](int64_t j) {
+            vf sum = splat(0);
+            for (int64_t r = 0; r < rows; ++r) sum += splat(a[r * MC + i]) * load(b + r * NC + j);
+            store(line + j, sum);
+        });
+        if (streamed)
+            stream_row(line, to, n);
+        else
+            copy_row(line, to, n);
+    }
+}
+
 /* out[i] [M, N] = sum over rows r of expert owners[i] of A[r, M]^T B[r, N], rows of both read through their Lines; zero
  * without rows. */
 template <class L, class S, class A, class B>
@@ -385,6 +404,18 @@ void weight_gradient(const Layer<S>& layer, const Owners& owners, int64_t M, int
         S* to = out + (i * M + m0) * N + n0;
         if (rows == 0) {
             for (int64_t m = m0; m < m1; ++m, to += N) memset(to, 0, size_t(n1 - n0) * sizeof(S));
+            return;
+        }
+        const Block block(layer.block_memory());
+        if (rows <= kThin) {
+            for (int64_t r = 0; r < rows; ++r) {
+                const A* from = a.line(r0 + r) + m0;
+                const B* other = b.line(r0 + r) + n0;
+                each_vector(m1 - m0, [&](int64_t j, auto rest) { store(block.a + r * MC + j, load(from + j, rest)); });
+                each_vector(n1 - n0, [&](int64_t j, auto rest) { store(block.b + r * NC + j, load(other + j, rest)); });
+            }
+            outer_products(rows, block.a, m1 - m0, block.b, n1 - n0, to, N, streamed);
+            if (streamed) stream_end();
             return;
         }
         const float* c = multiply<L>(
