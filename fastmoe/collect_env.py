@@ -16,17 +16,12 @@ from fastmoe import jit, native
 from fastmoe.ops.registry import explain
 from fastmoe.version import __version__
 
-_ISA = (
-    ("avx512", {"avx512f", "avx512bw", "avx512vl", "avx512dq"}),
-    ("avx2", {"avx2", "fma", "f16c"}),
-)  # as csrc/cpu/dispatch.cpp
 _COMPILER = "apt-get install g++ (Debian, Ubuntu) or dnf install gcc-c++ (Fedora, RHEL)"
 
 
 def collect() -> str:
     """Versions, devices, compilers, what is missing with the command that gets it, and fastmoe.explain()."""
     compiler, nvcc = _tool("c++", "g++", "clang++"), _tool("nvcc")
-    model, isa = _cpu()
     rows = [
         ("fastmoe", __version__),
         ("python", f"{platform.python_version()} on {platform.platform()}"),
@@ -36,8 +31,8 @@ def collect() -> str:
         ("cupy", _cupy() or "not installed"),
         ("compiler", compiler or "not found"),
         ("nvcc", nvcc or "not found"),
-        ("CPU", model),
-        ("instruction set", isa),
+        ("CPU", _cpu()),
+        ("instruction set", native._C.isa() if native.missing() is None else "that of torch"),
         ("threads", f"{torch.get_num_threads()} OpenMP threads on {os.cpu_count()} cores"),
         ("CUDA devices", _devices()),
         ("C++ extension", "built" if native.missing() is None else "not built"),
@@ -101,17 +96,12 @@ def _tool(*names: str) -> str | None:
     return f"{line.strip()} ({path})"
 
 
-def _cpu() -> tuple[str, str]:
-    """The CPU's name and the instruction set that the extension's kernels take on it."""
+def _cpu() -> str:
     try:
-        fields = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines())
-    except (OSError, ValueError):
-        return platform.processor() or platform.machine(), "unknown"
-    fields = {name.strip(): value.strip() for name, value in fields.items()}
-    flags = set(fields.get("flags", "").split())
-    return fields.get("model name", platform.machine()), next(
-        (name for name, needs in _ISA if needs <= flags), "baseline"
-    )
+        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 def _devices() -> str:

@@ -310,7 +310,8 @@ void for_rows_of_z(const Layer<S>& layer, const RowBlocks& blocks, const Lines<S
         layer, blocks, layer.F, layer.z_columns(), [&](int64_t e, int64_t r0, int64_t r1, int64_t f0, int64_t f1) {
             Columns parts[2];
             const int num_parts = layer.z_parts(f0, f1, parts);
-            float* c = multiply<L>(x, r0, r1 - r0, layer.D, layer.up_of(e), parts, num_parts, layer.block_memory());
+            float* c = multiply<L>(x, r0, r1 - r0, r1 - r0 <= kThin, layer.D, layer.up_of(e), parts, num_parts,
+                                   layer.block_memory());
             Halves scratch;
             for (int64_t r = r0; r < r1; ++r, c += NC) {
                 for (int part = 0; layer.gate_up_bias && part < num_parts; ++part)
@@ -354,7 +355,7 @@ void forward(const fm_moe_mlp_cpu_args* a) {
     const Lines<Between> act{ws.act, F, nullptr};
     for_row_blocks(layer, blocks, D, NC, [&](int64_t e, int64_t r0, int64_t r1, int64_t d0, int64_t d1) {
         const Columns part{d0, d1 - d0, 0};
-        float* c = multiply<L>(act, r0, r1 - r0, F, layer.down_of(e), &part, 1, layer.block_memory());
+        float* c = multiply<L>(act, r0, r1 - r0, r1 - r0 <= kThin, F, layer.down_of(e), &part, 1, layer.block_memory());
         for (int64_t r = r0; r < r1; ++r, c += NC) {
             if (layer.down_bias) add_bias(layer.down_bias + e * D + d0, c, d1 - d0);
             copy_row(c, ws.y + r * D + d0, d1 - d0);
@@ -486,7 +487,8 @@ void backward(const fm_moe_mlp_backward_cpu_args* a) {
     for_row_blocks(layer, blocks, F, layer.z_columns(), [&](int64_t e, int64_t r0, int64_t r1, int64_t f0, int64_t f1) {
         const int64_t n = f1 - f0;
         const Columns part{f0, n, 0};
-        const float* c = multiply<L>(dy, r0, r1 - r0, D, layer.down_back_of(e), &part, 1, layer.block_memory());
+        const float* c =
+            multiply<L>(dy, r0, r1 - r0, r1 - r0 <= kThin, D, layer.down_back_of(e), &part, 1, layer.block_memory());
         Halves at, d;
         alignas(64) float act[NC];
         for (int64_t r = r0; r < r1; ++r, c += NC) {
@@ -544,7 +546,8 @@ void backward(const fm_moe_mlp_backward_cpu_args* a) {
     if (a->dx_TD) {
         for_row_blocks(layer, blocks, D, NC, [&](int64_t e, int64_t r0, int64_t r1, int64_t d0, int64_t d1) {
             const Columns part{d0, d1 - d0, 0};
-            const float* c = multiply<L>(dz, r0, r1 - r0, Z, layer.up_back_of(e), &part, 1, layer.block_memory());
+            const float* c =
+                multiply<L>(dz, r0, r1 - r0, r1 - r0 <= kThin, Z, layer.up_back_of(e), &part, 1, layer.block_memory());
             for (int64_t r = r0; r < r1; ++r, c += NC) copy_row(c, ws.dx + r * D + d0, d1 - d0);
         });
         combine(layer, ws.dx, static_cast<const Weight*>(nullptr), static_cast<S*>(a->dx_TD));

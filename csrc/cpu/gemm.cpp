@@ -34,25 +34,8 @@ void for_blocks(int64_t M, int64_t N, int64_t K, void* workspace, int num_thread
     }
 }
 
-/* Fewer rows than a panel: the weight is read once and nothing is packed. */
-template <class S>
-void few_rows(const fm_linear_cpu_args* a) {
-    const S *x = static_cast<const S*>(a->x_TI), *bias = static_cast<const S*>(a->bias_O);
-    const int64_t T = a->T, I = a->I, O = a->O;
-#pragma omp parallel for num_threads(team(I* O, a->num_threads)) schedule(static)
-    for (int64_t o = 0; o < O; ++o) {
-        const S* weight = static_cast<const S*>(a->weight_OI) + o * I;
-        for (int64_t t = 0; t < T; ++t) {
-            const float dot =
-                sum_vectors(I, [&](int64_t i, auto n) { return load(weight + i, n) * load(x + t * I + i, n); });
-            from_float(static_cast<S*>(a->y_TO) + t * O + o, bias ? dot + to_float(bias[o]) : dot);
-        }
-    }
-}
-
 template <class S>
 void linear(const fm_linear_cpu_args* a) {
-    if (a->T < MR) return few_rows<S>(a);
     const int64_t I = a->I, O = a->O;
     const Lines<S> x{static_cast<const S*>(a->x_TI), I, nullptr};
     const Weight<S> weight{{static_cast<const S*>(a->weight_OI), I, nullptr}, true};
@@ -60,7 +43,7 @@ void linear(const fm_linear_cpu_args* a) {
     for_blocks(
         a->T, O, I, a->workspace, a->num_threads, [&](int64_t t0, int64_t m, int64_t o0, int64_t n, float* memory) {
             const Columns part{o0, n, 0};
-            const float* c = multiply<Lane<S>>(x, t0, m, I, weight, &part, 1, memory);
+            const float* c = multiply<Lane<S>>(x, t0, m, a->T <= kThin, I, weight, &part, 1, memory);
             for (int64_t t = t0; t < t0 + m; ++t, c += NC) {
                 S* y = static_cast<S*>(a->y_TO) + t * O + o0;
                 if (bias)
@@ -104,7 +87,7 @@ void linear_backward(const fm_linear_backward_cpu_args* a) {
         for_blocks(T, I, O, a->workspace, a->num_threads,
                    [&](int64_t t0, int64_t m, int64_t i0, int64_t n, float* memory) {
                        const Columns part{i0, n, 0};
-                       write(multiply<L>(dy, t0, m, O, weight, &part, 1, memory), dx + t0 * I + i0, m, n);
+                       write(multiply<L>(dy, t0, m, T <= kThin, O, weight, &part, 1, memory), dx + t0 * I + i0, m, n);
                    });
     if (dweight)
         for_blocks(O, I, T, a->workspace, a->num_threads,

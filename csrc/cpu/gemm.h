@@ -341,11 +341,12 @@ float* multiply_thin(const Lines<SA>& a, int64_t r0, int64_t m, int64_t K, const
 template <class L, class S>
 constexpr bool kIsLane = sizeof(S) * L::K == sizeof(float);
 
-/* C [m, .] of rows r0.. of A (k runs along its lines) with parts of B. */
+/* C [m, .] of rows r0.. of A (k runs along its lines) with parts of B. thin: m <= kThin, and so it is whatever the
+ * thread count, since the two ways round differently. */
 template <class L, class SA, class SB>
-float* multiply(const Lines<SA>& a, int64_t r0, int64_t m, int64_t K, const Weight<SB>& b, const Columns* parts,
-                int num_parts, float* memory) {
-    if (m <= kThin) return multiply_thin(a, r0, m, K, b, parts, num_parts, memory);
+float* multiply(const Lines<SA>& a, int64_t r0, int64_t m, bool thin, int64_t K, const Weight<SB>& b,
+                const Columns* parts, int num_parts, float* memory) {
+    if (thin) return multiply_thin(a, r0, m, K, b, parts, num_parts, memory);
     const Block block(memory);
     const int64_t n = parts[num_parts - 1].at + parts[num_parts - 1].n;
     for (int64_t k0 = 0; k0 < K; k0 += KC * L::K) {

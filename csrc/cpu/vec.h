@@ -238,7 +238,7 @@ inline float sum_vectors(int64_t n, F f) {
 inline vf exp(vf x) {
     vf clamped = select(x < splat(-88.f), splat(-88.f), select(x > splat(89.f), splat(89.f), x)); /* keeps NaN */
     vf n = clamped * 1.44269504088896341f + 12582912.f;
-    vi k = bit_cast<vi>(n) << 23;
+    vu k = bit_cast<vu>(n) << 23; /* unsigned: lanes past a row's end hold anything */
     n = n - 12582912.f;
     vf r = clamped - n * 0.693359375f;
     r = r + n * 2.12194440e-4f;
@@ -249,7 +249,7 @@ inline vf exp(vf x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1.f;
-    vf y = bit_cast<vf>(bit_cast<vi>(p) + k);
+    vf y = bit_cast<vf>(bit_cast<vu>(p) + k);
     y = select(x > splat(88.722835f), splat(__builtin_inff()), y);
     return select(x < splat(-87.33654f), splat(0.f), select(x != x, x, y));
 }

@@ -683,6 +683,8 @@ PLAIN_LAYER = {"activation": "relu", "gate_up_proj": draw(3, 5, 4)}
 @pytest.mark.parametrize(
     ("error", "message", "changes"),
     [
+        (ValueError, "alpha must be above 0, got 0", {"alpha": 0}),
+        (ValueError, "limit must be above 0, got nan", {"limit": float("nan")}),
         (ValueError, "x_TD must be of shape [T, D] = [any, any], got [8]", {"x_TD": draw(8)}),
         (
             ValueError,
@@ -801,3 +803,10 @@ def test_gradients_twice_are_refused():
     x_TD = inputs["x_TD"].requires_grad_()
     with pytest.raises(NotImplementedError, match="fastmoe.moe_mlp: gradients of gradients"):
         torch.autograd.grad(ops.moe_mlp(**inputs).square().sum(), x_TD, create_graph=True)
+
+
+def test_sparse_gradients_are_refused_under_compile():
+    inputs = draw_inputs(SHAPES["odd"])
+    compiled = torch.compile(lambda x: ops.moe_mlp(*x.values(), sparse_grads=True), backend="aot_eager")
+    with pytest.raises(Exception, match="sparse_grads must be False under torch.compile"):
+        compiled(inputs)

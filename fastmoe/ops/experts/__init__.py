@@ -55,13 +55,18 @@ def moe_mlp(
     Returns y_TD [T, D] in x's dtype; differentiable in x, the weights, both projections and biases. A frozen input
     costs no gradient work; without gradients nothing is saved. Experts without tokens get a gradient of exactly zero.
 
-    Errors: ValueError or TypeError naming the argument for shapes, dtypes and devices that do not fit; ValueError for
-    ids outside -1..E-1 on the CPU. Source: SonicMoE (Guo et al., arXiv 2512.14080) for what is saved.
+    Errors: ValueError or TypeError naming the argument for shapes, dtypes, devices and options that do not fit;
+    ValueError for ids outside -1..E-1 on the CPU. Source: SonicMoE (Guo et al., arXiv 2512.14080) for what is saved.
     """
     op = "moe_mlp"
     check.tensor(op, "x_TD", x_TD, (None, None), legend="T, D")
     check.option(op, "activation", activation, ACTIVATIONS)
     check.option(op, "save", save, SAVES)
+    for name, value in (("alpha", alpha), ("limit", limit)):
+        if not value > 0:
+            check.fail(op, name, "above 0", value)
+    if sparse_grads and torch.compiler.is_compiling():
+        check.fail(op, "sparse_grads", "False under torch.compile", sparse_grads)
     gated = activation in GATED
     if interleaved and not gated:
         check.fail(op, "interleaved", f"False for {activation!r}, which has no gate", interleaved)
