@@ -807,6 +807,6 @@ def test_gradients_twice_are_refused():
 
 def test_sparse_gradients_are_refused_under_compile():
     inputs = draw_inputs(SHAPES["odd"])
-    compiled = torch.compile(lambda x: ops.moe_mlp(*x.values(), sparse_grads=True), backend="aot_eager")
+    compiled = torch.compile(lambda x: ops.moe_mlp(*x.values(), sparse_grads=True), fullgraph=True, backend="aot_eager")
     with pytest.raises(Exception, match="sparse_grads must be False under torch.compile"):
         compiled(inputs)
