@@ -1,7 +1,6 @@
 // Addresses to typed pointers, status codes to exceptions.
 #pragma once
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include <string>
 

@@ -44,12 +44,3 @@ def positive(op: str, **sizes: int) -> None:
 def option(op: str, argument: str, value: object, choices: tuple) -> None:
     if value not in choices:
         fail(op, argument, " or ".join(repr(c) for c in choices), repr(value))
-
-
-def not_yet(op: str, **options: tuple[object, object]) -> None:
-    """Each option is (value, the only value served so far)."""
-    for name, (value, served) in options.items():
-        if value is not served and value != served:
-            raise NotImplementedError(
-                f"fastmoe.{op}: {name} must be {served!r} (others are not served yet), got {value!r}"
-            )
