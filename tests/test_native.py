@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import re
 import resource
 import subprocess
 import sys
@@ -319,3 +320,31 @@ def test_workspace_is_kept_by_a_thread():
     thread.start(), thread.join()
     assert others[0] != first.data_ptr()
     native._kept.workspace = None
+
+
+def huge_pages_of(address):
+    """Whether the mapping that holds the address asks for huge pages."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            low, high = (int(part, 16) for part in line.split()[0].split("-"))
+            inside = low <= address < high
+        elif inside and line.startswith("VmFlags"):
+            return "hg" in line.split()
+    raise AssertionError("no mapping holds the address")
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a kernel without huge pages")
+def test_weights_of_experts_lie_in_huge_pages():
+    from fastmoe.nn import Experts
+
+    experts = Experts(d_model=64, d_ff=1024, num_experts=64)
+    middle = experts.gate_up_proj.numel() * 2  # bytes
+    assert huge_pages_of(experts.gate_up_proj.data_ptr() + middle)
+    other = torch.empty(experts.gate_up_proj.shape)
+    assert not huge_pages_of(other.data_ptr() + middle)
+
+
+def test_huge_pages_leaves_other_tensors_alone():
+    for tensor in (torch.empty(8), torch.empty(1 << 24, device="meta")):
+        assert native.huge_pages(tensor) is tensor

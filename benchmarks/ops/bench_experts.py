@@ -37,12 +37,15 @@ UPCAST = ("torch loop", "torch grouped_mm", "transformers grouped_mm")
 
 
 class Problem:
-    """Inputs of a layer at a shape and with given ids, and its step in any dtype."""
+    """Inputs of a layer at a shape and with given ids, and its step in any dtype.
+
+    On a CPU they lie in huge pages, as the weights of fastmoe.nn.Experts do, for every arm.
+    """
 
     def __init__(self, shape: Shape, ids_TK: torch.Tensor, dtype: torch.dtype = torch.float32):
         T, D, F, E, K = self.shape = shape
         self.ids_TK, self.dtype, device = ids_TK, dtype, ids_TK.device
-        draw = lambda *size: torch.randn(*size, device=device, dtype=dtype)
+        draw = lambda *size: native.huge_pages(torch.empty(*size, device=device, dtype=dtype)).normal_()
         self.x_TD, self.weights_TK = draw(T, D), torch.rand(T, K, device=device).to(dtype)
         self.gate_up_proj, self.down_proj = draw(E, 2 * F, D).div_(D**0.5), draw(E, D, F).div_(F**0.5)
         self.dy_TD = draw(T, D)

@@ -59,7 +59,7 @@ FM_DISPATCH(fm_permute_cpu)
 FM_DISPATCH(fm_unpermute_cpu)
 FM_DISPATCH(fm_unpermute_backward_cpu)
 
-int64_t fm_build_routing_workspace(int64_t, int64_t, int64_t E) { return 16 * (E + 1); }
+int64_t fm_build_routing_workspace(int64_t, int64_t, int64_t E) { return 32 * (E + 16); }
 
 namespace {
 /* f(Between, Stored) with the types that the kernels will take. */

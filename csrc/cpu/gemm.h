@@ -199,23 +199,31 @@ inline vf multiply_add(vf sum, const void* a, vf b) {
         return sum + splat(load_bits<float>(a)) * b;
 }
 
-/* ROWS x NR of C from a panel of A and NR columns of B, `stride` apart from one lane of k to the next. Each block of k
- * sums from zero, so that the error grows with K / KC. */
-template <class L, int ROWS, class A, class B>
+/* ROWS x V vectors of C from a panel of A and as many columns of B, `stride` apart from one lane of k to the next. Each
+ * block of k sums from zero, so that the error grows with K / KC. */
+template <class L, int ROWS, int V = 2, class A, class B>
 void micro_kernel(int64_t lanes, const A a, const B* b, int64_t stride, float* c, bool add) {
-    vf acc[ROWS][2];
+    vf acc[ROWS][V];
     for (int i = 0; i < ROWS; ++i)
-        for (int j = 0; j < 2; ++j) acc[i][j] = splat(0);
+        for (int j = 0; j < V; ++j) acc[i][j] = splat(0);
     for (int64_t k = 0; k < lanes; ++k, b += stride) {
-        const vf b0 = load(b), b1 = load(b + W);
+        vf columns[V];
+#pragma GCC unroll 8
+        for (int j = 0; j < V; ++j) columns[j] = load(b + j * W);
 #pragma GCC unroll 6
-        for (int i = 0; i < ROWS; ++i) {
-            acc[i][0] = multiply_add<L>(acc[i][0], a.at(k, i), b0);
-            acc[i][1] = multiply_add<L>(acc[i][1], a.at(k, i), b1);
-        }
+        for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 8
+            for (int j = 0; j < V; ++j) acc[i][j] = multiply_add<L>(acc[i][j], a.at(k, i), columns[j]);
     }
     for (int i = 0; i < ROWS; ++i)
-        for (int j = 0; j < 2; ++j) store(c + i * NC + j * W, add ? load(c + i * NC + j * W) + acc[i][j] : acc[i][j]);
+        for (int j = 0; j < V; ++j) store(c + i * NC + j * W, add ? load(c + i * NC + j * W) + acc[i][j] : acc[i][j]);
+}
+
+/* The vectors of C beside each other that the registers hold for so few rows: the wider, the longer the pieces in which
+ * B is read where it is. */
+constexpr int wide(int rows) {
+    const int sums = W == 16 ? 24 : 8;
+    return rows * 8 <= sums ? 8 : rows * 4 <= sums ? 4 : 2;
 }
 
 /* f(count<n>) with n = rows, at most MR. */
@@ -320,10 +328,14 @@ float* multiply_thin(const Lines<SA>& a, int64_t r0, int64_t m, int64_t K, const
                     const int64_t k1 = min64(K, k0 + KC);
                     pack_lines<MR, single>(block.a, a, r0 + i, ROWS, k0, k1);
                     for (int part = 0; part < num_parts; ++part)
-                        for (int64_t n = 0; n < parts[part].n; n += NR) {
+                        for (int64_t n = 0, step; n < parts[part].n; n += step) {
                             float* to = c + parts[part].at + n;
-                            if (n + NR <= parts[part].n) {
-                                const SB* from = b.lines.line(k0) + parts[part].n0 + n;
+                            const SB* from = b.lines.line(k0) + parts[part].n0 + n;
+                            step = n + wide(ROWS) * W <= parts[part].n ? wide(ROWS) * W : NR;
+                            if (step > NR) {
+                                micro_kernel<single, ROWS, wide(ROWS)>(k1 - k0, Packed{block.a}, from, b.lines.stride,
+                                                                       to, k0 > 0);
+                            } else if (n + NR <= parts[part].n) {
                                 micro_kernel<single, ROWS>(k1 - k0, Packed{block.a}, from, b.lines.stride, to, k0 > 0);
                             } else {
                                 pack_columns<NR, single>(block.b, b.lines, parts[part].n0 + n, parts[part].n - n, k0,

@@ -1,17 +1,22 @@
 #include "fastmoe/permutation.h"
 
+#include <omp.h>
+
 #include "vec.h"
 
 namespace {
 
 typedef int32_t vi4 __attribute__((vector_size(16)));
 
+/* Counters of E experts and the dropped slots, in whole cache lines: two threads' share none. */
+inline int64_t counters(int64_t E) { return (E + 16) / 16 * 16; }
+
 /* A thread counts, then writes, one chunk of the slots; the result does not depend on how many there are. Every chunk
  * costs a pass over its counters, so many experts mean few chunks. */
-constexpr int64_t kRows = 16; /* of E + 1 counters in the workspace: of dropped slots, then of each expert's */
+constexpr int64_t kChunks = 16, kLanes = 4;
 
 int64_t chunks_for(int64_t slots, int64_t E, int64_t threads) {
-    const int64_t most = slots / (E + 8192), chunks = threads < kRows ? threads : kRows;
+    const int64_t most = slots / (E + 8192), chunks = threads < kChunks ? threads : kChunks;
     return most < 1 ? 1 : chunks < most ? chunks : most;
 }
 
@@ -58,46 +63,46 @@ void place_slots(const Id* ids, int64_t begin, int64_t end, int32_t used, int32_
 
 template <class Id>
 fm_status sort_slots(fm_build_routing_cpu_args* a, const Id* ids) {
-    const int64_t slots = a->T * a->K, E = a->E, chunks = chunks_for(slots, E, a->num_threads), width = E + 1;
-    const int64_t lanes = 4 * chunks <= kRows && slots >= 16 * E * chunks ? 4 : 1;
-    int32_t* rows = a->workspace; /* [chunks, lanes, E + 1], of which lane 0 holds the sum, then where a row begins */
-    int64_t bad_slot[kRows], bad = -1;
-    int32_t next = 0;
+    const int64_t slots = a->T * a->K, E = a->E, chunks = chunks_for(slots, E, a->num_threads);
+    const int64_t width = counters(E), lanes = chunks * kLanes <= kChunks && slots >= 16 * E * chunks ? kLanes : 1;
+    int32_t* counts = a->workspace;                 /* [chunks, lanes, width], of which lane 0 holds the sum */
+    int32_t* rows = a->workspace + kChunks * width; /* [chunks, width] where the next slot of a chunk goes */
+    int64_t bad_slot[kChunks];
 #pragma omp parallel num_threads(chunks)
     {
-#pragma omp for schedule(static, 1)
-        for (int64_t c = 0; c < chunks; ++c) {
-            int32_t* count = rows + c * lanes * width;
+        const int64_t first = omp_get_thread_num(), step = omp_get_num_threads();
+        for (int64_t c = first; c < chunks; c += step) {
+            int32_t* count = counts + c * lanes * width;
             memset(count, 0, size_t(lanes * width) * sizeof(int32_t));
             bad_slot[c] =
                 count_slots(ids, c * slots / chunks, (c + 1) * slots / chunks, E, lanes > 1 ? width : 0, count);
             for (int64_t lane = 1; lane < lanes; ++lane)
-                for (int64_t i = 0; i < width; ++i) count[i] += count[lane * width + i];
+                for (int64_t i = 0; i <= E; ++i) count[i] += count[lane * width + i];
         }
-#pragma omp single
-        {
-            for (int64_t c = chunks; c-- > 0;)
-                if (bad_slot[c] >= 0) bad = bad_slot[c];
-            for (int64_t e = 0; e <= E; ++e) {
-                a->offsets[e] = next;
-                for (int64_t c = 0; c < chunks; ++c) {
-                    int32_t* row = rows + c * lanes * width + (e < E ? e + 1 : 0);
-                    const int32_t count = *row;
-                    *row = next;
-                    next += count;
+#pragma omp barrier
+        for (int64_t c = first; c < chunks; c += step) {
+            bool good = true;
+            for (int64_t other = 0; other < chunks; ++other) good &= bad_slot[other] < 0;
+            if (!good) continue;
+            int32_t* row = rows + c * width;
+            int32_t next = 0, used = 0;
+            for (int64_t e = 0; e <= E; ++e) { /* then the dropped ones, which are counted first */
+                const int64_t at = e < E ? e + 1 : 0;
+                used = next;
+                if (c == 0) a->offsets[e] = next;
+                for (int64_t other = 0; other < chunks; ++other) {
+                    if (other == c) row[at] = next;
+                    next += counts[other * lanes * width + at];
                 }
             }
+            place_slots(ids, c * slots / chunks, (c + 1) * slots / chunks, used, row, a->src_row_R, a->dst_row_TK);
         }
-#pragma omp for schedule(static, 1)
-        for (int64_t c = 0; c < chunks; ++c)
-            if (bad < 0)
-                place_slots(ids, c * slots / chunks, (c + 1) * slots / chunks, a->offsets[E], rows + c * lanes * width,
-                            a->src_row_R, a->dst_row_TK);
     }
-    if (bad >= 0) {
-        a->bad = int64_t(ids[bad]);
-        return FM_BAD_VALUE;
-    }
+    for (int64_t c = 0; c < chunks; ++c)
+        if (bad_slot[c] >= 0) {
+            a->bad = int64_t(ids[bad_slot[c]]);
+            return FM_BAD_VALUE;
+        }
     for (int64_t r = a->offsets[E]; r < slots; ++r) a->src_row_R[r] = -1;
     return FM_OK;
 }

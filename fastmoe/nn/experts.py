@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.functional import gelu, relu, silu
 
-from fastmoe import ops
+from fastmoe import native, ops
 from fastmoe.ops import check
 from fastmoe.ops.experts import ACTIVATIONS, GATED, SAVES
 
@@ -39,8 +39,9 @@ class _Projections(nn.Module):
         super().__init__()
         check.option(type(self).__name__, "activation", activation, ACTIVATIONS)
         self.activation, z = activation, 2 * d_ff if activation in GATED else d_ff
-        self.gate_up_proj = nn.Parameter(torch.empty(*stack, z, d_model).normal_(std=init_std))
-        self.down_proj = nn.Parameter(torch.empty(*stack, d_model, d_ff).normal_(std=out_std or init_std))
+        gate_up, down = (native.huge_pages(torch.empty(*stack, *size)) for size in ((z, d_model), (d_model, d_ff)))
+        self.gate_up_proj = nn.Parameter(gate_up.normal_(std=init_std))
+        self.down_proj = nn.Parameter(down.normal_(std=out_std or init_std))
         self.gate_up_bias = nn.Parameter(torch.zeros(*stack, z)) if bias else None
         self.down_bias = nn.Parameter(torch.zeros(*stack, d_model)) if bias else None
 

@@ -38,6 +38,7 @@ class Op:
 
     def __call__(self, *args):
         device, double = _traits(args)
+        device = device or "cpu"
         key = (device, double, os.environ.get("FASTMOE_BACKEND", ""))
         if key not in self.chosen:
             backend, why = select(self, device, double)
@@ -116,14 +117,17 @@ def _autocast_kernel(op: Op, device: str, key: str, rule: Callable) -> Callable:
     return kernel
 
 
-def _traits(args) -> tuple[str, bool]:
+def _traits(args) -> tuple[str | None, bool]:
+    """Device type of the first tensor (None: there is none) and whether any is float64."""
     device, double = None, False
     for arg in args:
-        for tensor in arg if isinstance(arg, (list, tuple)) else (arg,):
-            if isinstance(tensor, torch.Tensor):
-                device = device or tensor.device.type
-                double |= tensor.dtype is torch.float64
-    return device or "cpu", double
+        if isinstance(arg, torch.Tensor):
+            device = device or ("cpu" if arg.is_cpu else arg.device.type)
+            double |= arg.dtype is torch.float64
+        elif isinstance(arg, (list, tuple)):
+            inner, inner_double = _traits(arg)
+            device, double = device or inner, double | inner_double
+    return device, double
 
 
 def _wish(family: str) -> tuple[str | None, bool]:

@@ -16,7 +16,7 @@ from tests.ops.battery import Battery, Case, flipped, names
 BACKENDS = [name for name in testing.backends("experts") if name in ("native", "reference")]
 FLOATS = ("x_TD", "topk_weights_TK", "gate_up_proj", "down_proj", "gate_up_bias", "down_bias")  # as gradients come
 EDGES = (63, 64, 65, 127, 128, 129, 191, 192, 193)  # of D and F, around the blocks of kernels
-COUNTS = (1, 5, 6, 7, 8, 9, 0, 191, 192, 193)  # rows of an expert, around the tiles of kernels
+COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 191, 192, 194)  # rows of an expert, around the tiles of kernels
 GPT_OSS = {"activation": "clamped_swiglu", "biases": "wide", "interleaved": True, "transposed": True}
 LAYERS = [
     {"activation": activation, "biases": biases, "interleaved": interleaved, "transposed": transposed}
@@ -238,9 +238,10 @@ class TestExperts(Battery):
                 zip(EDGES, EDGES[4:] + EDGES[:4], ("swiglu", *ACTIVATIONS[:3], "clamped_swiglu", *PLAIN))
             )
         ),
-        moe_case(Shape(306, 65, 129, 10, 2, 1), COUNTS),
+        moe_case(Shape(311, 65, 129, 13, 2, 1), COUNTS),
+        moe_case(Shape(311, 136, 130, 13, 2, 1), COUNTS),
         moe_case(
-            Shape(306, 40, 65, 10, 2, 1), COUNTS, activation="geglu", biases=True, interleaved=True, transposed=True
+            Shape(311, 40, 65, 13, 2, 1), COUNTS, activation="geglu", biases=True, interleaved=True, transposed=True
         ),
         # what is saved
         *(moe_case("odd", "dropped", save=save) for save in ("z8", "x")),

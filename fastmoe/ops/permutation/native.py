@@ -21,10 +21,10 @@ def build_routing(topk_ids_TK, num_experts, capacity):
         K,
         num_experts,
         capacity,
-        ptr(src_row_R),
-        ptr(dst_row_TK),
-        ptr(offsets),
-        ptr(memory),
+        src_row_R.data_ptr(),  # fresh ones need no check
+        dst_row_TK.data_ptr(),
+        offsets.data_ptr(),
+        memory.data_ptr(),
         num_threads(),
     )
     return src_row_R, dst_row_TK, offsets
