@@ -1,8 +1,9 @@
 """How the cost of moe_mlp, one full step in float32 on the CPU, goes with experts, tokens and skew.
 
 experts: E grows, all else is fixed, so the work is too; sparse gradients. slices: E grows and F falls, the experts'
-size together is fixed. tokens: T grows. skew: routing from uniform to all to one expert. Every case says how many bytes
-of weights and gradients no layer can avoid: those of experts with tokens, read forward, read backward, written once.
+size together is fixed. tokens: T grows. skew: routing from uniform to all to one expert. Weights lie in huge pages, as
+those of fastmoe.nn.Experts do, for every arm. Every case says how many bytes of weights and gradients no layer can
+avoid: those of experts with tokens, read forward, read backward, written once.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def case(sweep: str, axis: str, at: float | str, shape: Shape, ids_TK: torch.Ten
     needed, free = weights + 3 * touched + 2**30, 0.9 * free_bytes()  # gradients once in float32, once in float64
     if needed > free:
         return Case(name, {}, list, 1, "mm", labels=labels, left_out={"fastmoe": memory(needed, free)})
-    problem = Problem(shape, topk_ids(T, K, E) if ids_TK is None else ids_TK)
+    problem = Problem(shape, topk_ids(T, K, E) if ids_TK is None else ids_TK, huge_pages=True)
     arms, left_out = {"fastmoe": problem.step(sparse if over_experts else ops.moe_mlp)}, {}
     needed += 2 * weights + touched  # dense gradients, and those that fastmoe keeps for its next call
     if needed > free:

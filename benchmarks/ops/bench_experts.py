@@ -39,13 +39,17 @@ UPCAST = ("torch loop", "torch grouped_mm", "transformers grouped_mm")
 class Problem:
     """Inputs of a layer at a shape and with given ids, and its step in any dtype.
 
-    On a CPU they lie in huge pages, as the weights of fastmoe.nn.Experts do, for every arm.
+    huge_pages: on a CPU they lie in huge pages for every arm, as the weights of fastmoe.nn.Experts do; else where torch
+    puts them.
     """
 
-    def __init__(self, shape: Shape, ids_TK: torch.Tensor, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self, shape: Shape, ids_TK: torch.Tensor, dtype: torch.dtype = torch.float32, huge_pages: bool = False
+    ):
         T, D, F, E, K = self.shape = shape
         self.ids_TK, self.dtype, device = ids_TK, dtype, ids_TK.device
-        draw = lambda *size: native.huge_pages(torch.empty(*size, device=device, dtype=dtype)).normal_()
+        place = native.huge_pages if huge_pages else lambda tensor: tensor
+        draw = lambda *size: place(torch.empty(*size, device=device, dtype=dtype)).normal_()
         self.x_TD, self.weights_TK = draw(T, D), torch.rand(T, K, device=device).to(dtype)
         self.gate_up_proj, self.down_proj = draw(E, 2 * F, D).div_(D**0.5), draw(E, D, F).div_(F**0.5)
         self.dy_TD = draw(T, D)
@@ -112,11 +116,17 @@ def draw_ids(shape: Shape, routed: str, device: str) -> torch.Tensor:
 
 
 def case(
-    name: str, shape: Shape, routed: str, dtype: torch.dtype, device: str = "cpu", slow: dict[str, str] | None = None
+    name: str,
+    shape: Shape,
+    routed: str,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    slow: dict[str, str] | None = None,
+    huge_pages: bool = False,
 ) -> Case:
     """One shape with all its peers. slow: arms to leave out, and why."""
     T, D, F, E, K = shape
-    problem = Problem(shape, draw_ids(shape, routed, device), dtype)
+    problem = Problem(shape, draw_ids(shape, routed, device), dtype, huge_pages)
     found, left_out = peers.arms(shape, dtype, device)
     layers = {"fastmoe": ops.moe_mlp, **found}
     if dtype != torch.float32 and device == "cpu":
@@ -128,14 +138,14 @@ def case(
         left_out[arm] = slow[arm]
         del arms[arm]
     return Case(
-        f"{name} {name_of(dtype)} {routed} T{T} D{D} F{F} E{E} K{K}",
+        f"{name} {name_of(dtype)} {routed}{', huge pages' * huge_pages} T{T} D{D} F{F} E{E} K{K}",
         arms,
         problem.exact,
         work=18 * T * K * D * F,
         roof="mm",
         tolerance=TOLERANCE[dtype],
         compared=problem.compared,
-        labels={"shape": name, "dtype": name_of(dtype), "routing": routed},
+        labels={"shape": name, "dtype": name_of(dtype), "routing": routed, "huge_pages": huge_pages},
         left_out=left_out,
     )
 
@@ -149,3 +159,5 @@ def cases(quick: bool) -> Iterator[Case]:
                 yield made
                 slow |= {arm: f"{why} with {routed} routing" for arm, why in made.slow.items() if arm != "fastmoe"}
                 del made
+        if not quick:
+            yield case(name, shape, "uniform", torch.float32, slow=slow, huge_pages=True)
