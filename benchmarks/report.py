@@ -66,7 +66,7 @@ def about(record: dict) -> str:
 
 
 def case_table(record: dict) -> list[str]:
-    uniform = {}  # (shape, dtype, arm) -> ms
+    uniform = {}  # (shape, dtype, huge pages, arm) -> ms
     for case in record["cases"]:
         for name, arm in case["arms"].items():
             if case.get("labels", {}).get("routing") == "uniform" and "ms" in arm:
@@ -98,7 +98,7 @@ def case_table(record: dict) -> list[str]:
 
 def _key(case: dict, arm: str) -> tuple:
     labels = case.get("labels", {})
-    return labels.get("shape"), labels.get("dtype"), arm
+    return labels.get("shape"), labels.get("dtype"), labels.get("huge_pages", False), arm
 
 
 def sweep_table(record: dict) -> list[str]:

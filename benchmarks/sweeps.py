@@ -1,9 +1,10 @@
 """How the cost of moe_mlp, one full step in float32 on the CPU, goes with experts, tokens and skew.
 
-experts: E grows, all else is fixed, so the work is too; sparse gradients. slices: E grows and F falls, the experts'
-size together is fixed. tokens: T grows. skew: routing from uniform to all to one expert. Weights lie in huge pages, as
-those of fastmoe.nn.Experts do, for every arm. Every case says how many bytes of weights and gradients no layer can
-avoid: those of experts with tokens, read forward, read backward, written once.
+experts: E grows, all else is fixed, so the work is too. slices: E grows and F falls, the experts' size together is
+fixed. Both once with sparse gradients, and once with dense ones beside torch's grouped_mm. tokens: T grows. skew:
+routing from uniform to all to one expert. Weights lie in huge pages, as those of fastmoe.nn.Experts do, for every arm.
+Every case says how many bytes of weights and gradients no layer can avoid: those of experts with tokens, read forward,
+read backward, written once.
 """
 
 from __future__ import annotations
@@ -34,8 +35,12 @@ def memory(needed: float, free: float) -> str:
     return f"needs {needed / 2**30:.0f} GiB, {free / 2**30:.0f} are free"
 
 
-def case(sweep: str, axis: str, at: float | str, shape: Shape, ids_TK: torch.Tensor | None = None) -> Case:
-    """One point of a sweep. With sparse gradients where the sweep is over E, then beside dense ones."""
+def case(
+    sweep: str, axis: str, at: float | str, shape: Shape, ids_TK: torch.Tensor | None = None, alone: bool = False
+) -> Case:
+    """One point of a sweep. alone: the op with sparse gradients and no other arm, whose memory would take the place of
+    what the op keeps for its next call.
+    """
     T, D, F, E, K = shape
     over_experts = axis == "E"
     labels = {"sweep": sweep, "axis": axis, "at": at}
@@ -43,16 +48,12 @@ def case(sweep: str, axis: str, at: float | str, shape: Shape, ids_TK: torch.Ten
     weights = 4 * 3 * D * F * E
     touched = weights * (1 - math.exp(-T * K / E)) if over_experts else weights
     needed, free = weights + 3 * touched + 2**30, 0.9 * free_bytes()  # gradients once in float32, once in float64
+    needed += 0 if alone else 2 * weights + touched  # dense gradients, and those that fastmoe keeps for its next call
     if needed > free:
         return Case(name, {}, list, 1, "mm", labels=labels, left_out={"fastmoe": memory(needed, free)})
     problem = Problem(shape, topk_ids(T, K, E) if ids_TK is None else ids_TK, huge_pages=True)
-    arms, left_out = {"fastmoe": problem.step(sparse if over_experts else ops.moe_mlp)}, {}
-    needed += 2 * weights + touched  # dense gradients, and those that fastmoe keeps for its next call
-    if needed > free:
-        left_out |= dict.fromkeys(("fastmoe, dense gradients", "torch grouped_mm"), memory(needed, free))
-    else:
-        if over_experts:
-            arms["fastmoe, dense gradients"] = problem.step(ops.moe_mlp)
+    arms = {"fastmoe": problem.step(sparse if alone else ops.moe_mlp)}
+    if not alone:
         found, _ = peers.arms(shape, torch.float32, "cpu")
         arms["torch grouped_mm"] = problem.step(found["torch grouped_mm"])
     return Case(
@@ -63,15 +64,17 @@ def case(sweep: str, axis: str, at: float | str, shape: Shape, ids_TK: torch.Ten
         roof="mm",
         compared=problem.compared,
         labels={**labels, "touched_bytes": 3 * 4 * 3 * D * F * len(problem.touched)},
-        left_out=left_out,
     )
 
 
 def cases(quick: bool) -> Iterator[Case]:
-    for E in (8, 256) if quick else EXPERTS:
-        yield case("experts", "E", E, Shape(64, 32, 16, E, 2) if quick else Shape(16384, 128, 64, E, 2))
-    for E in (8, 64) if quick else SLICES:
-        yield case("slices", "E", E, Shape(64, 32, 512 // E, E, 2) if quick else Shape(2048, 128, (1 << 19) // E, E, 2))
+    for alone in (True, False):
+        for E in (8, 256) if quick else EXPERTS:
+            shape = Shape(64, 32, 16, E, 2) if quick else Shape(16384, 128, 64, E, 2)
+            yield case("experts_sparse" if alone else "experts", "E", E, shape, alone=alone)
+        for E in (8, 64) if quick else SLICES:
+            shape = Shape(64, 32, 512 // E, E, 2) if quick else Shape(2048, 128, (1 << 19) // E, E, 2)
+            yield case("slices_sparse" if alone else "slices", "E", E, shape, alone=alone)
     for T in (1, 32) if quick else TOKENS:
         yield case("tokens", "T", T, Shape(T, 32, 16, 8, 2) if quick else Shape(T, 512, 256, 32, 4))
     shape = Shape(64, 32, 16, 8, 2) if quick else Shape(2048, 512, 256, 32, 4)
