@@ -100,7 +100,7 @@ def _sweep(record: dict, sweep: str):
         axes.yaxis.set_major_formatter(plain)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(plain)
-    axes.set_xticks(xs, [f"{at:,}" if isinstance(at, int) else str(at) for at in ats])
+    axes.set_xticks(xs, [f"{at // 1024}k" if isinstance(at, int) and at % 1024 == 0 else str(at) for at in ats])
     axes.minorticks_off()
     shapes = dict.fromkeys(cases[i]["case"].split(": ")[1] for i in (0, -1))
     axes.set_xlabel(f"{cases[0]['labels']['axis']}   ({' to '.join(shapes)})")
