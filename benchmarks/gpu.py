@@ -25,7 +25,7 @@ def fused(logits_TE: torch.Tensor, K: int) -> Outputs:
     """Weights, ids, rows, offsets, the tiles and how many there are by topk_gate, build_routing and the tile kernel."""
     from fastmoe.ops.experts import kernels
 
-    weights_TK, ids_TK, _ = ops.topk_gate(logits_TE, K)
+    weights_TK, ids_TK, _, _ = ops.topk_gate(logits_TE, K)
     routing = ops.build_routing(ids_TK, logits_TE.shape[1])
     tiles, first, _ = kernels._Tiles(routing.offsets, ids_TK.numel())(BLOCK_M)
     return [weights_TK, ids_TK, *routing, tiles, first]

@@ -37,11 +37,11 @@ def mixtral(model: Transformer, experts: str) -> torch.nn.Module:
         num_attention_heads=c.num_heads,
         num_key_value_heads=c.num_kv_heads or c.num_heads,
         num_local_experts=c.num_experts,
-        num_experts_per_tok=c.top_k,
+        num_experts_per_tok=model.top_k,
         max_position_embeddings=c.max_seq_len,
         rms_norm_eps=c.norm_eps,
         output_router_logits=True,
-        router_aux_loss_coef=c.aux_loss_weight / c.top_k,
+        router_aux_loss_coef=model.layers[0].feed_forward.router.loss_weights["balance"] / model.top_k,
         tie_word_embeddings=False,
         use_cache=False,
         sliding_window=None,
@@ -113,7 +113,7 @@ def case(config: Config, dtype: torch.dtype) -> Case:
         exact = double(ids_BS[:, :-1].contiguous(), ids_BS[:, 1:].contiguous()).loss
     arms = {}
     # what batched_mm gathers in every layer is kept until the backward
-    shape = Shape(tokens * c.num_layers, c.d_model, c.d_ff, c.num_experts, c.top_k)
+    shape = Shape(tokens * c.num_layers, c.d_model, c.d_ff, c.num_experts, model.top_k)
     found, left_out = peers.arms(shape, torch.float32, "cpu")
     for experts in EXPERTS:
         if f"transformers {experts}" in found:

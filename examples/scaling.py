@@ -23,7 +23,7 @@ def step_seconds(T: int, D: int, F: int, E: int, K: int) -> float:
     gate_up = (torch.randn(L, 2 * F, D) / D**0.5).requires_grad_()
     down = (torch.randn(L, D, F) / F**0.5).requires_grad_()
     x_TD = torch.randn(T, D, requires_grad=True)
-    weights_TK, ids_TK, _ = ops.topk_gate(torch.randn(T, E), K)
+    weights_TK, ids_TK, _, _ = ops.topk_gate(torch.randn(T, E), K)
     seconds = []
     for _ in range(8):
         dist.barrier()

@@ -49,6 +49,7 @@ from fastmoe import jit
 from fastmoe.ops.experts import kernels as experts
 from fastmoe.ops.gating import kernels as gating
 from fastmoe.ops.permutation import kernels as permutation
+from fastmoe.ops.random import kernels as random
 
 
 class Device:
@@ -77,12 +78,23 @@ cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 launch, JITFunction.run = JITFunction.run, compile_only
 driver.set_active(Device())
 jit.device = lambda tensor: jit.Device(shared, 132)
-kernels = {k.fn.__name__ for m in (gating, permutation, experts) for k in vars(m).values()
+kernels = {k.fn.__name__ for m in (gating, permutation, experts, random) for k in vars(m).values()
            if isinstance(k, JITFunction) and k.fn.__name__.endswith("_kernel")}
 make = lambda *shape, dtype=getattr(torch, dtype): torch.empty(shape, dtype=dtype, device="meta")
 E, K, D, F = 64, 8, 2048, 1024
-weights_TK, ids_TK, probs_TE = gating.topk_gate(make(16384, E), K, "softmax", True)
-gating.topk_gate_backward(weights_TK, probs_TE, ids_TK, probs_TE, "softmax", True)
+for experts_of_gate, bias_E, options in (
+    (E, None, ("softmax", True, 1, 1, "max", 1.0)),
+    (256, make(256, dtype=torch.float32), ("sigmoid", True, 8, 4, "top2", 2.5)),
+    (160, None, ("softmax", False, 8, 3, "max", 16.0)),
+    (256, None, ("softmax", True, 1, 1, "max", 1.0)),
+):
+    about = f"gate of {experts_of_gate}, {options}"
+    logits_TE = make(16384, experts_of_gate)
+    weights_TK, ids_TK, probs_TE, _ = gating.topk_gate(logits_TE, bias_E, K, *options)
+    gating.topk_gate_backward(weights_TK, probs_TE, ids_TK, probs_TE, *options[:2], options[-1])
+about = "random"
+random.random_uniform(make(3, dtype=torch.int64), 3, 16384, E)
+about = "routing"
 launches = len(found)
 permutation.build_routing(ids_TK, E, -1)
 launches = len(found) - launches

@@ -1,11 +1,13 @@
 /* The public C functions: each picks its instruction set once, by cpuid. Compiled for the baseline. */
 #include "fastmoe/adamw.h"
+#include "fastmoe/assignment.h"
 #include "fastmoe/experts.h"
 #include "fastmoe/gating.h"
 #include "fastmoe/gemm.h"
 #include "fastmoe/loss.h"
 #include "fastmoe/norm.h"
 #include "fastmoe/permutation.h"
+#include "fastmoe/random.h"
 #include <string.h>
 
 #include "workspace.h"
@@ -44,6 +46,8 @@ fm_status fm_limit_isa(const char* name) {
     }
 
 FM_DISPATCH(fm_adamw_step_cpu)
+FM_DISPATCH(fm_balanced_assignment_cpu)
+FM_DISPATCH(fm_swipe_cpu)
 FM_DISPATCH(fm_moe_mlp_cpu)
 FM_DISPATCH(fm_moe_mlp_backward_cpu)
 FM_DISPATCH(fm_topk_gate_cpu)
@@ -58,6 +62,7 @@ FM_DISPATCH(fm_build_routing_from_experts_cpu)
 FM_DISPATCH(fm_permute_cpu)
 FM_DISPATCH(fm_unpermute_cpu)
 FM_DISPATCH(fm_unpermute_backward_cpu)
+FM_DISPATCH(fm_random_uniform_cpu)
 
 int64_t fm_build_routing_workspace(int64_t, int64_t, int64_t E) { return 32 * (E + 16); }
 
@@ -69,6 +74,12 @@ int64_t with_types(fm_dtype dtype, F f) {
     return dtype == FM_BF16 && level == 3 ? f(uint16_t(), uint16_t()) : f(float(), uint16_t());
 }
 }  // namespace
+int64_t fm_balanced_assignment_workspace(int64_t T, int64_t E) {
+    return fm_workspace::Auction(nullptr, T, E).floats * int64_t(sizeof(float));
+}
+int64_t fm_swipe_workspace(int64_t W, int64_t K, int64_t experts_per_rank) {
+    return W + 3 * K * W + K + W * experts_per_rank;
+}
 int64_t fm_moe_mlp_workspace(const fm_moe_layer* l) {
     return with_types(l->dtype, [&](auto between, auto) {
         return fm_workspace::Forward<decltype(between)>(nullptr, *l).floats * int64_t(sizeof(float));
@@ -85,5 +96,7 @@ int64_t fm_linear_workspace(int num_threads) {
 int64_t fm_linear_cross_entropy_workspace(int64_t T, int64_t V, int num_threads) {
     return fm_workspace::Loss(nullptr, T, V, num_threads).floats * int64_t(sizeof(float));
 }
-int64_t fm_topk_gate_workspace(int64_t E, int num_threads) { return num_threads * 2 * ((E + 31) / 32 * 32); }
+int64_t fm_topk_gate_workspace(int64_t E, int num_threads) {
+    return num_threads * fm_workspace::Gate(nullptr, E).floats;
+}
 int64_t fm_rms_norm_backward_workspace(int64_t T, int64_t D) { return (T < 64 * 256 ? (T + 63) / 64 : 256) * D; }

@@ -65,6 +65,20 @@ struct Backward {
     }
 };
 
+/* A thread of the gate: a row's logits, scores + bias, those of its best groups; what best() works on; counts. */
+struct Gate {
+    float *z, *biased, *shortlist, *group, *values;
+    int32_t *numbers, *order, *first; /* first: the first expert of each group that is kept */
+    int64_t *count, floats;
+    Gate(float* memory, int64_t E) {
+        Cutter cut{memory};
+        z = cut.take(E), biased = cut.take(E), shortlist = cut.take(E), group = cut.take(E);
+        values = cut.take(E + 16), numbers = cut.take<int32_t>(E + 16); /* written in whole vectors */
+        order = cut.take<int32_t>(E), first = cut.take<int32_t>(E), count = cut.take<int64_t>(E);
+        floats = cut.used;
+    }
+};
+
 /* The loss. Tokens go in chunks whose logits fit 64 MiB, a chunk in blocks of kRows, whatever the thread count. */
 constexpr int64_t kRows = 96;
 
@@ -77,6 +91,20 @@ struct Loss {
         if (chunk > T) chunk = T;
         Cutter cut{static_cast<float*>(memory)};
         dlogits = cut.take(chunk * V), loss_T = cut.take(T), threads = cut.take(num_threads * aligned(kThreadFloats));
+        floats = cut.used;
+    }
+};
+
+/* The auction of balanced_assignment. Rows of level_TE are padded to whole vectors. */
+struct Auction {
+    int64_t stride, floats;
+    int32_t *level_TE, *price_E, *held_E, *waiting_T, *expert_T;
+    int64_t *offer_T, *heap_T;
+    Auction(void* memory, int64_t T, int64_t E) : stride(aligned(E)) {
+        Cutter cut{static_cast<float*>(memory)};
+        level_TE = cut.take<int32_t>(T * stride), price_E = cut.take<int32_t>(stride), held_E = cut.take<int32_t>(E);
+        waiting_T = cut.take<int32_t>(T), expert_T = cut.take<int32_t>(T);
+        offer_T = cut.take<int64_t>(T), heap_T = cut.take<int64_t>(T);
         floats = cut.used;
     }
 };

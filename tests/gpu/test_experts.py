@@ -96,7 +96,7 @@ def test_opcheck():
     inputs = draw(testing.Shape(T, D, F, E, K, 1), torch.float32, biases=True)
     logits_TE = testing.draw(T, E, seed=1).cuda().requires_grad_()
     with testing.Recorder() as recorder:
-        weights_TK, ids_TK, probs_TE = ops.topk_gate(logits_TE, K)
+        weights_TK, ids_TK, probs_TE, _ = ops.topk_gate(logits_TE, K)
         capped = ops.build_routing(ids_TK, E, capacity=3)
         leaves = [tensor.requires_grad_() for name, tensor in inputs.items() if name != "weights"]
         x_TD, gate_up, down, gate_up_bias, down_bias = leaves

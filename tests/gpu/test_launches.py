@@ -21,7 +21,7 @@ def inputs():
 
 def step(x, save="z") -> list[torch.Tensor]:
     """Gate, routing and layer, forward and backward; the output and every gradient."""
-    weights_TK, ids_TK, probs_TE = ops.topk_gate(x["logits"], SHAPE.K)
+    weights_TK, ids_TK, probs_TE, _ = ops.topk_gate(x["logits"], SHAPE.K)
     routing = ops.build_routing(ids_TK, SHAPE.E)
     y_TD = ops.moe_mlp(x["x"], None, weights_TK, x["gate_up"], x["down"], routing=routing, save=save)
     return [y_TD, *torch.autograd.grad(y_TD.float().square().sum() + probs_TE.square().sum(), list(x.values()))]

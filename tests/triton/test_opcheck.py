@@ -13,7 +13,7 @@ def test_every_registered_op():
     x_TD, logits_TE = testing.draw(T, D).requires_grad_(), testing.draw(T, E, seed=1).requires_grad_()
     gate_up, down = (testing.draw(*shape, seed=2).requires_grad_() for shape in ((E, 2 * F, D), (E, D, F)))
     with testing.Recorder() as recorder:
-        weights_TK, ids_TK, probs_TE = ops.topk_gate(logits_TE, K)
+        weights_TK, ids_TK, probs_TE, _ = ops.topk_gate(logits_TE, K)
         capped = ops.build_routing(ids_TK, E, capacity=3)
         y_TD = ops.moe_mlp(x_TD, ids_TK, weights_TK, gate_up, down, routing=capped)
         z_TD = ops.unpermute(ops.permute(x_TD, capped), ops.build_routing(ids_TK, E), weights_TK)
