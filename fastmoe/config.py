@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -18,17 +19,18 @@ class ModelConfig:
     num_dense_layers: int = 0  # leading layers with a dense feed-forward
     d_ff_dense: int = 512
     num_experts: int = 8
-    top_k: int = 2
+    top_k: int | None = None  # experts of a token; None: the router's own number
     d_ff: int = 256  # of one expert
     num_shared_experts: int = 0
-    capacity_factor: float | None = None  # None: dropless; else an expert keeps ceil(factor * T * K / E) rows
-    router_score: str = "softmax"
-    renormalize: bool = True
+    router: str = "topk"  # a name in fastmoe.nn.ROUTERS
+    router_options: str = ""  # of that router, as "noise=0.5, cv=True"
+    capacity_factor: float | None = None  # of T * K / E slots an expert; None: the router's own; 0: drop nothing
+    eval_capacity_factor: float | None = None  # in evaluation; None: as in training, or the router's own
     activation: str = "swiglu"  # of every feed-forward, routed, shared and dense; fastmoe.ops.moe_mlp lists them
     bias: bool = False  # in every feed-forward
     save_activations: str = "z"  # of the experts, for backward: "z", "z8" in 8 bits, "x" none but their input
-    aux_loss_weight: float = 0.01
-    z_loss_weight: float = 1e-3
+    aux_loss_weight: float | None = None  # of the router's balancing losses; None: its own
+    z_loss_weight: float | None = None
     rope_theta: float = 10000.0
     norm_eps: float = 1e-6
     tie_embeddings: bool = False
@@ -86,6 +88,12 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
+class RoutingConfig:
+    record: str | None = None  # file to write the experts to that every step chose; a resumed run goes on in it
+    replay: str | None = None  # file of such a run: its choices in place of the router's, in training
+
+
+@dataclass(frozen=True)
 class RunConfig:
     dir: str = "runs/tiny"  # metrics, checkpoints and the report go here
     resume: bool = False  # go on from the newest intact checkpoint in dir; with none there, start at step 0
@@ -100,6 +108,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    routing: RoutingConfig = field(default_factory=RoutingConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
 
@@ -126,6 +135,7 @@ def from_dict(groups: dict[str, dict[str, object]]) -> Config:
 def check(config: Config) -> None:
     """ValueError where a value outside the model is out of range (the model checks its own sizes)."""
     train, optim, eval_, checkpoint = config.train, config.optim, config.eval, config.checkpoint
+    record, replay = (path and Path(path).resolve() for path in (config.routing.record, config.routing.replay))
     rules = [
         ("train.steps", train.steps, "at least 1", train.steps >= 1),
         ("train.batch-size", train.batch_size, "at least 1", train.batch_size >= 1),
@@ -150,6 +160,7 @@ def check(config: Config) -> None:
         ("checkpoint.every", checkpoint.every, "at least 0", checkpoint.every >= 0),
         ("checkpoint.keep", checkpoint.keep, "at least 1", checkpoint.keep >= 1),
         ("log.every", config.log.every, "at least 1", config.log.every >= 1),
+        ("routing.record", record, "another file than --routing.replay", not record or record != replay),
     ]
     for name, value, wanted, good in rules:
         if not good:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import torch
@@ -67,6 +68,7 @@ class Experts(_Projections):
         super().__init__((num_experts,), d_model, d_ff, init_std, out_std, activation, bias)
         check.option("Experts", "save", save, SAVES)
         self.save = save
+        self.stds = {"gate_up_proj": init_std, "down_proj": out_std or init_std}
 
     def forward(
         self,
@@ -88,6 +90,30 @@ class Experts(_Projections):
             save=self.save,
         )
 
+    def add(self, copy_of: int | str | None, frozen: bool) -> None:
+        """As fastmoe.nn.add_expert."""
+        for name, old in list(self.named_parameters()):
+            new = self._resized(name, old.shape[0] + 1)
+            new[:-1] = old.detach()
+            if copy_of is None:
+                new[-1].normal_(std=self.stds[name]) if name in self.stds else new[-1].zero_()
+            else:
+                new[-1] = old.detach().mean(0) if copy_of == "mean" else old.detach()[copy_of]
+            param = nn.Parameter(new, frozen or old.requires_grad)
+            setattr(self, name, param)
+            if frozen:
+                param.register_hook(lambda grad: torch.cat([torch.zeros_like(grad[:-1]), grad[-1:]]))
+
+    def remove(self, index: int) -> None:
+        for name, old in list(self.named_parameters()):
+            new = self._resized(name, old.shape[0] - 1)
+            new[:index], new[index:] = old.detach()[:index], old.detach()[index + 1 :]
+            setattr(self, name, nn.Parameter(new, old.requires_grad))
+
+    def _resized(self, name: str, num_experts: int) -> torch.Tensor:
+        old = getattr(self, name)
+        return native.huge_pages(old.new_empty(num_experts, *old.shape[1:], requires_grad=False))
+
 
 class FeedForward(_Projections):
     """A dense feed-forward of width d_ff: leading dense layers and shared experts. As one of Experts, without E."""
@@ -106,3 +132,37 @@ class FeedForward(_Projections):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         z = ops.linear(x, self.gate_up_proj, self.gate_up_bias)
         return ops.linear(activate(z, self.activation), self.down_proj, self.down_bias)
+
+
+class ModuleExperts(nn.ModuleList):
+    """Experts that are modules, of any kinds: expert e is called with its rows [n, D] and returns as many.
+
+    An expert without tokens is called with no rows. Reads on the host how many rows each has.
+    """
+
+    def forward(
+        self,
+        x_TD: torch.Tensor,
+        topk_ids_TK: torch.Tensor | None,
+        topk_weights_TK: torch.Tensor,
+        routing: ops.Routing | None = None,
+    ) -> torch.Tensor:
+        routing = routing or ops.build_routing(topk_ids_TK, len(self))
+        counts = routing.offsets.diff().tolist()
+        rows_RD = ops.permute(x_TD, routing)
+        used, R = sum(counts), rows_RD.shape[0]
+        parts = [expert(rows) for expert, rows in zip(self, rows_RD[:used].split(counts))]
+        for e, (part, rows) in enumerate(zip(parts, counts)):
+            check.tensor(
+                "ModuleExperts", f"what expert {e} returns", part, (rows, x_TD.shape[1]), like=x_TD, legend="n, D"
+            )
+        y_RD = nn.functional.pad(torch.cat(parts), (0, 0, 0, R - used))
+        return ops.unpermute(y_RD, routing, topk_weights_TK)
+
+    def add(self, copy_of: int, frozen: bool) -> None:
+        self.append(copy.deepcopy(self[copy_of]))
+        if frozen:
+            self[-1].requires_grad_(True)
+
+    def remove(self, index: int) -> None:
+        del self[index]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -13,8 +14,9 @@ from fastmoe import ops
 from fastmoe.config import ModelConfig
 from fastmoe.nn.attention import Attention, KVCache
 from fastmoe.nn.experts import FeedForward
-from fastmoe.nn.moe import MoE
+from fastmoe.nn.moe import MoE, MoEOutput
 from fastmoe.nn.norm import RMSNorm
+from fastmoe.nn.router import NO_INPUTS, RouterInputs, parse_options
 
 
 class Output(NamedTuple):
@@ -24,6 +26,9 @@ class Output(NamedTuple):
     load_LE: torch.Tensor  # [MoE layers, E] int64
     dropped_L: torch.Tensor  # [MoE layers] int64
     nan_tokens_L: torch.Tensor  # [MoE layers] int64
+    logit_norm_L: torch.Tensor  # [MoE layers]
+    losses: dict[str, torch.Tensor]  # the routers' losses by name, without weights: [MoE layers]
+    routed: tuple[MoEOutput, ...]  # of each MoE layer, without its y
 
 
 class Block(nn.Module):
@@ -43,10 +48,11 @@ class Block(nn.Module):
                 config.d_ff,
                 config.num_experts,
                 config.top_k,
+                router=config.router,
+                router_options=router_options(config),
                 num_shared_experts=config.num_shared_experts,
                 capacity_factor=config.capacity_factor,
-                score=config.router_score,
-                renormalize=config.renormalize,
+                eval_capacity_factor=config.eval_capacity_factor,
                 activation=config.activation,
                 bias=config.bias,
                 save=config.save_activations,
@@ -57,16 +63,31 @@ class Block(nn.Module):
             )
         )
 
-    def forward(self, x_BSD: torch.Tensor, cache: KVCache | None, layer: int) -> tuple[torch.Tensor, ...]:
-        """The new x_BSD, then the MoEOutput fields past y; nothing more from a dense layer."""
+    def forward(
+        self, x_BSD: torch.Tensor, cache: KVCache | None, layer: int, inputs: RouterInputs
+    ) -> tuple[torch.Tensor, MoEOutput | None]:
+        """The new x_BSD, and what an MoE layer says beside its y, which is left out."""
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cache, layer)
-        out = self.feed_forward(self.feed_forward_norm(x_BSD))
-        return (x_BSD + out.y, *out[1:]) if isinstance(self.feed_forward, MoE) else (x_BSD + out,)
+        h_BSD = self.feed_forward_norm(x_BSD)
+        if not isinstance(self.feed_forward, MoE):
+            return x_BSD + self.feed_forward(h_BSD), None
+        out = self.feed_forward(h_BSD, inputs)
+        return x_BSD + out.y, out._replace(y=None)
+
+
+def router_options(config: ModelConfig) -> dict[str, object]:
+    options = parse_options(config.router_options)
+    return {"vocab_size": config.vocab_size, **options} if config.router == "hash" else options
 
 
 def _save_routing(context, op, *args, **kwargs) -> CheckpointPolicy:
-    saved = (torch.ops.fastmoe.topk_gate.default, torch.ops.fastmoe.build_routing.default)
-    return CheckpointPolicy.MUST_SAVE if op in saved else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if op in _ROUTING else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_ROUTING = {
+    getattr(torch.ops.fastmoe, name).default
+    for name in ("topk_gate", "balanced_assignment", "swipe", "build_routing", "build_routing_from_experts")
+}
 
 
 class Transformer(nn.Module):
@@ -74,7 +95,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        for name in ("vocab_size", "d_model", "num_layers", "num_heads", "d_ff", "d_ff_dense", "num_experts", "top_k"):
+        for name in ("vocab_size", "d_model", "num_layers", "num_heads", "d_ff", "d_ff_dense", "num_experts"):
             if getattr(config, name) < 1:
                 raise ValueError(f"fastmoe.Transformer: {name} must be at least 1, got {getattr(config, name)}")
         if not 0 <= config.num_dense_layers <= config.num_layers:
@@ -85,6 +106,14 @@ class Transformer(nn.Module):
         self.config, self.checkpointed = config, False
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.d_model).normal_(std=config.init_std))
         self.layers = nn.ModuleList(Block(config, dense=i < config.num_dense_layers) for i in range(config.num_layers))
+        self.moe_layers = list(range(config.num_dense_layers, config.num_layers))
+        for i in self.moe_layers:
+            if not self.layers[i].feed_forward.router.causal:
+                raise ValueError(
+                    f"fastmoe.Transformer: router must choose without seeing later tokens, got {config.router!r} "
+                    "(its option in_decoder=True trains all the same)"
+                )
+        self.top_k = self.layers[-1].feed_forward.router.top_k if self.moe_layers else 0
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = (
             self.embedding
@@ -93,10 +122,16 @@ class Transformer(nn.Module):
         )
 
     def forward(
-        self, ids_BS: torch.Tensor, targets_BS: torch.Tensor | None = None, cache: KVCache | None = None
+        self,
+        ids_BS: torch.Tensor,
+        targets_BS: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+        inputs: RouterInputs = NO_INPUTS,
+        replay: Sequence[torch.Tensor] | None = None,
     ) -> Output:
         """ids_BS: [B, S] integer in 0..V-1. targets_BS: [B, S], -100 is left out. cache: positions go on from
-        cache.length.
+        cache.length. inputs: what routers need beside the ids, with T = B * S. replay: of each MoE layer the ids [T, K]
+        to use in place of the router's choice.
         """
         config = self.config
         start = cache.length if cache else 0
@@ -111,16 +146,20 @@ class Transformer(nn.Module):
                 f"got {start} + {ids_BS.shape[1]} positions"
             )
         x_BSD = nn.functional.embedding(ids_BS, self.embedding)
+        inputs = inputs._replace(token_ids_T=ids_BS.reshape(-1))
         routed = []
         recompute = self.checkpointed and torch.is_grad_enabled()
         context_fn = partial(create_selective_checkpoint_contexts, _save_routing)
         for i, block in enumerate(self.layers):
+            given = inputs._replace(layer=i)
+            if replay is not None and i in self.moe_layers:
+                given = given._replace(replay_ids_TK=replay[len(routed)])
             if recompute:
-                x_BSD, *rest = checkpoint(block, x_BSD, cache, i, use_reentrant=False, context_fn=context_fn)
+                x_BSD, out = checkpoint(block, x_BSD, cache, i, given, use_reentrant=False, context_fn=context_fn)
             else:
-                x_BSD, *rest = block(x_BSD, cache, i)
-            if rest:
-                routed.append(rest)
+                x_BSD, out = block(x_BSD, cache, i, given)
+            if out is not None:
+                routed.append(out)
         x_BSD = self.norm(x_BSD)
         loss = logits_BSV = None
         if targets_BS is not None:
@@ -130,15 +169,21 @@ class Transformer(nn.Module):
             logits_BSV = ops.linear(x_BSD[:, -1:], self.head)
         else:
             logits_BSV = ops.linear(x_BSD, self.head)
-        none = torch.zeros(0, dtype=torch.int64, device=ids_BS.device)
-        aux, load, dropped, nan = ([row[i] for row in routed] for i in range(4))
+        none = torch.zeros(0, device=ids_BS.device)
+
+        def stack(values: list[torch.Tensor], empty: torch.Tensor) -> torch.Tensor:
+            return torch.stack(values) if values else empty
+
         return Output(
             loss,
-            sum(aux) if aux else x_BSD.new_zeros(()),
+            sum((out.aux_loss for out in routed), x_BSD.new_zeros((), dtype=torch.float32)),
             logits_BSV,
-            torch.stack(load) if load else none.view(0, config.num_experts),
-            torch.stack(dropped) if dropped else none,
-            torch.stack(nan) if nan else none,
+            stack([out.load_E for out in routed], none.long().view(0, config.num_experts)),
+            stack([out.dropped for out in routed], none.long()),
+            stack([out.nan_tokens for out in routed], none.long()),
+            stack([out.logit_norm for out in routed], none),
+            {name: torch.stack([out.losses[name] for out in routed]) for name in (routed[0].losses if routed else ())},
+            tuple(routed),
         )
 
     def new_cache(self, batch_size: int, max_len: int) -> KVCache:
@@ -160,5 +205,5 @@ class Transformer(nn.Module):
         config, sizes = self.config, {name: p.numel() for name, p in self.matrices().items()}
         routed = sum(size for name, size in sizes.items() if ".experts." in name)
         read = 0 if config.tie_embeddings else self.embedding.numel()  # looked up, not multiplied by
-        active = sum(sizes.values()) - read - routed + routed * config.top_k / config.num_experts
+        active = sum(sizes.values()) - read - routed + routed * self.top_k / config.num_experts
         return 6 * active + 6 * config.num_layers * seq_len * config.d_model

@@ -6,6 +6,7 @@ import difflib
 from dataclasses import dataclass
 
 from fastmoe.config import ModelConfig
+from fastmoe.nn.router import own_top_k
 from fastmoe.ops.experts import GATED
 
 
@@ -361,7 +362,7 @@ def from_config(config: ModelConfig, name: str = "config") -> Preset:
         config.d_ff,
         3 if config.activation in GATED else 2,
         config.num_experts,
-        config.top_k,
+        config.top_k or own_top_k(config.router),
         config.num_shared_experts,
         config.d_ff_dense,
         config.vocab_size,

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from fastmoe import nn, ops, testing
+from fastmoe.nn.router import make_router
 from fastmoe.ops.experts import ACTIVATIONS, GATED, SAVES
 from fastmoe.testing import draw
 
@@ -40,9 +41,9 @@ def shake_biases(module):
 
 def oracle(moe, x_TD, capacity=None):
     """(y, aux loss, load, dropped) one token and expert at a time, in the dtype of the module."""
-    E, K = moe.router.weight.shape[0], moe.router.top_k
+    E, K, options = moe.router.weight.shape[0], moe.router.top_k, moe.router.gate_options
     logits_TE = x_TD @ moe.router.weight.t()
-    probs_TE = torch.softmax(logits_TE, 1) if moe.router.score == "softmax" else torch.sigmoid(logits_TE)
+    probs_TE = torch.softmax(logits_TE, 1) if options["score"] == "softmax" else torch.sigmoid(logits_TE)
     ids_TK = logits_TE.topk(K, 1).indices
     room, load, kept = [capacity] * E, [0] * E, set()
     for k in range(K):
@@ -55,7 +56,7 @@ def oracle(moe, x_TD, capacity=None):
     rows = []
     for t in range(x_TD.shape[0]):
         weights_K = probs_TE[t, ids_TK[t]]
-        if moe.router.renormalize:
+        if options["renormalize"]:
             weights_K = weights_K / weights_K.sum()
         y_D = torch.zeros_like(x_TD[t])
         for k in range(K):
@@ -68,7 +69,7 @@ def oracle(moe, x_TD, capacity=None):
     T = x_TD.shape[0]
     balance = E * sum(load[e] / (T * K) * probs_TE[:, e].mean() for e in range(E))
     z = torch.logsumexp(logits_TE, 1).square().mean()
-    return torch.stack(rows), moe.aux_loss_weight * balance + moe.z_loss_weight * z, load, T * K - len(kept)
+    return torch.stack(rows), 0.01 * balance + 1e-3 * z, load, T * K - len(kept)
 
 
 OPTIONS = [
@@ -76,9 +77,10 @@ OPTIONS = [
     {"num_shared_experts": 2},
     {"capacity_factor": 0.7},
     {"capacity_factor": 4.0},
-    {"score": "sigmoid"},
-    {"renormalize": False},
-    {"capacity_factor": 0.5, "num_shared_experts": 1, "score": "sigmoid", "renormalize": False},
+    {"capacity_factor": 0.0},
+    {"router_options": {"score": "sigmoid"}},
+    {"router_options": {"renormalize": False}},
+    {"capacity_factor": 0.5, "num_shared_experts": 1, "router_options": {"score": "sigmoid", "renormalize": False}},
     *({"activation": kind, "num_shared_experts": 1} for kind in ACTIVATIONS[1:]),
     {"bias": True, "num_shared_experts": 1, "capacity_factor": 0.7},
     {
@@ -104,7 +106,7 @@ def test_moe_by_brute_force(options, T):
     x64 = x_TD.detach().double().requires_grad_()
     factor = options.get("capacity_factor")
     out = moe(x_TD)
-    y, aux, load, dropped = oracle(twin, x64, None if factor is None else -int(-(factor * T * 2) // 5))
+    y, aux, load, dropped = oracle(twin, x64, -int(-(factor * T * 2) // 5) if factor else None)
     torch.testing.assert_close(out.y.double(), y, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(out.aux_loss.double(), aux, rtol=1e-5, atol=1e-7)
     assert (out.load_E.tolist(), int(out.dropped), int(out.nan_tokens)) == (load, dropped, 0)
@@ -227,19 +229,43 @@ def test_experts_sort_for_themselves():
 @pytest.mark.parametrize(
     ("message", "changes"),
     [
-        ("d_model must be at least 1, got 0", {"d_model": 0}),
-        ("d_ff must be at least 1", {"d_ff": 0}),
-        ("num_experts must be at least 1", {"num_experts": 0}),
-        ("top_k must be at least 1", {"top_k": 0}),
-        ("top_k must be in 1..4 (num_experts), got 5", {"top_k": 5}),
-        ("capacity_factor must be None or positive, got 0", {"capacity_factor": 0}),
-        ("num_shared_experts must be at least 0, got -1", {"num_shared_experts": -1}),
-        ("score must be 'softmax' or 'sigmoid', got 'relu'", {"score": "relu"}),
+        ("MoE: d_model must be at least 1, got 0", {"d_model": 0}),
+        ("MoE: d_ff must be at least 1", {"d_ff": 0}),
+        ("MoE: num_experts must be at least 1", {"num_experts": 0}),
+        ("TopKRouter: top_k must be in 1..4 (num_experts), got 0", {"top_k": 0}),
+        ("TopKRouter: top_k must be in 1..4 (num_experts), got 5", {"top_k": 5}),
+        ("MoE: capacity_factor must be None, 0 or positive, got -1", {"capacity_factor": -1}),
+        ("MoE: eval_capacity_factor must be None, 0 or positive, got -0.5", {"eval_capacity_factor": -0.5}),
+        (
+            "MoE: capacity_factor must be None or 0 with ExpertChoiceRouter, got (None, 1.0)",
+            {"router": "expert-choice", "eval_capacity_factor": 1.0},
+        ),
+        ("MoE: num_shared_experts must be at least 0, got -1", {"num_shared_experts": -1}),
+        ("topk_gate: score must be 'softmax' or 'sigmoid', got 'relu'", {"router_options": {"score": "relu"}}),
+        ("make_router: name must be one of topk, mixtral", {"router": "best"}),
+        (
+            "MoE: router must be for d_model, num_experts and top_k (8, 4, 2), got (8, 4, 1)",
+            {"router": make_router("switch", 8, 4)},
+        ),
+        (
+            "MoE: router must be for d_model, num_experts and top_k (8, 4, 2), got (7, 4, 2)",
+            {"router": make_router("topk", 7, 4)},
+        ),
+        (
+            "MoE: router_options must be None beside a Router, got {'scale': 2.0}",
+            {"router": make_router("topk", 8, 4), "router_options": {"scale": 2.0}},
+        ),
+        ("MoE: experts must be 4 modules (num_experts), got 3", {"experts": [torch.nn.Identity()] * 3}),
+        (
+            "MoE: experts must be None, a class, a function or a list of modules, got Identity",
+            {"experts": torch.nn.Identity()},
+        ),
+        ("MoE: experts must be None, a class, a function or a list of modules, got int", {"experts": 3}),
     ],
 )
 def test_bad_settings(message, changes):
     settings = dict(d_model=8, d_ff=8, num_experts=4, top_k=2) | changes
-    with pytest.raises(ValueError, match=re.escape("fastmoe.MoE: " + message)):
+    with pytest.raises(ValueError, match=re.escape("fastmoe." + message)):
         nn.MoE(**settings)
 
 
@@ -251,3 +277,152 @@ def test_a_wrong_width_names_the_argument():
 def test_nan_input_names_the_op():
     with pytest.raises(ValueError, match=r"fastmoe\.topk_gate: logits_TE .*NaN.* token 1"):
         nn.MoE(8, 8, 4, 2)(torch.tensor([[0.0] * 8, [float("nan")] * 8]))
+
+
+def test_factors_in_training_and_evaluation():
+    factors = lambda router="topk", **options: nn.MoE(8, 8, 4, router=router, **options).capacity_factors
+    assert factors() == (None, None) and factors("switch") == factors("gshard") == (1.25, 2.0)
+    assert factors(capacity_factor=1.5) == (1.5, 1.5) and factors("switch", capacity_factor=0.0) == (0.0, 0.0)
+    assert factors("switch", eval_capacity_factor=0.0) == (1.25, 0.0)
+    assert factors(capacity_factor=1.0, eval_capacity_factor=3.0) == (1.0, 3.0)
+    moe, x_TD = nn.MoE(12, 7, 5, 2, capacity_factor=0.2, eval_capacity_factor=0.0), draw(40, 12)
+    assert int(moe(x_TD).routing.offsets.diff().max()) == 4 and int(moe(x_TD).dropped) >= 80 - 5 * 4
+    assert int(moe.eval()(x_TD).dropped) == 0
+
+
+def test_weights_of_losses():
+    x_TD = draw(9, 12)
+
+    def aux(router="topk", **options):
+        torch.manual_seed(0)
+        moe = nn.MoE(12, 7, 6, router=router, **options)
+        out = moe.eval()(x_TD)
+        return float(out.aux_loss), {name: float(loss) for name, loss in out.losses.items()}
+
+    total, found = aux()
+    assert total == pytest.approx(0.01 * found["balance"] + 1e-3 * found["z"])
+    total, found = aux(aux_loss_weight=2.0)
+    assert total == pytest.approx(2 * found["balance"] + 1e-3 * found["z"])
+    total, found = aux(z_loss_weight=3.0, router_options={"loss_weights": {"balance": 0.5}})
+    assert total == pytest.approx(0.5 * found["balance"] + 3 * found["z"])
+    total, found = aux("prototype", aux_loss_weight=1.0)
+    assert total == pytest.approx(found["balance"]) and aux("prototype")[0] == 0
+
+
+def test_logit_norm_is_the_root_mean_square():
+    moe, x_TD = nn.MoE(12, 7, 5, 2), draw(9, 12)
+    torch.testing.assert_close(moe(x_TD).logit_norm, (x_TD @ moe.router.weight.t()).square().mean().sqrt().detach())
+
+
+# Experts that are modules.
+
+
+class Scale(torch.nn.Module):
+    def __init__(self, d_model, d_ff):
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.randn(d_model))
+
+    def forward(self, x):
+        return x * self.factor
+
+
+def unlike(D=12):
+    torch.manual_seed(3)
+    return [
+        torch.nn.Sequential(torch.nn.Linear(D, 5), torch.nn.Tanh(), torch.nn.Linear(5, D)),
+        torch.nn.Identity(),
+        nn.FeedForward(D, 9, init_std=0.3),
+        Scale(D, 0),
+        torch.nn.Linear(D, D),
+    ]
+
+
+def plain_loop(moe, out, weights_TK, x_TD):
+    rows = []
+    for t, (ids, weights, places) in enumerate(zip(out.topk_ids_TK.tolist(), weights_TK, out.routing.dst_row_TK)):
+        y_D = torch.zeros_like(x_TD[t])
+        for e, weight, place in zip(ids, weights, places):
+            if place >= 0:
+                y_D = y_D + weight * moe.experts[e](x_TD[t : t + 1])[0]
+        if moe.shared is not None:
+            y_D = y_D + moe.shared(x_TD[t])
+        rows.append(y_D)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("router", ["topk", "switch", "hash"])
+@pytest.mark.parametrize("shared", [0, 2])
+@pytest.mark.parametrize("kind", ["list", "module list", "class", "function"])
+def test_module_experts_equal_a_loop(kind, shared, router):
+    D, E = 12, 5
+    torch.manual_seed(0)
+    experts = {
+        "list": unlike(),
+        "module list": torch.nn.ModuleList(unlike()),
+        "class": Scale,
+        "function": lambda d_model, d_ff: torch.nn.Sequential(
+            torch.nn.Linear(d_model, d_ff), torch.nn.Linear(d_ff, d_model)
+        ),
+    }[kind]
+    options = {"vocab_size": 9} if router == "hash" else {}
+    moe = nn.MoE(
+        D, 7, E, router=router, router_options=options, experts=experts, num_shared_experts=shared, capacity_factor=0.9
+    )
+    moe.double()
+    inputs = nn.RouterInputs(token_ids_T=torch.arange(20) % 9, key=torch.tensor([1, 2, 3]))
+    x_TD, dy_TD = draw(20, D).double().requires_grad_(), draw(20, D, seed=1).double()
+
+    def grads(y):
+        moe.zero_grad()
+        x_TD.grad = None
+        (y * dy_TD).sum().backward()
+        return [torch.zeros_like(p) if p.grad is None else p.grad for p in (x_TD, *moe.parameters())]
+
+    out = moe(x_TD, inputs)
+    got = grads(out.y)
+    y = plain_loop(moe, out, moe.router(x_TD, inputs).topk_weights_TK, x_TD)
+    torch.testing.assert_close(out.y, y)
+    for a, b in zip(got, grads(y)):
+        torch.testing.assert_close(a, b)
+    assert int(out.dropped) > 0 or router == "hash"
+
+
+def test_module_experts_without_tokens():
+    moe, x_TD = nn.MoE(12, 7, 5, 1, experts=unlike()), draw(6, 12).requires_grad_()
+    replay = nn.RouterInputs(replay_ids_TK=torch.full((6, 1), 3))  # all to one
+    moe(x_TD, replay).y.sum().backward()
+    assert moe.experts[3].factor.grad.abs().sum() > 0
+    assert all((p.grad == 0).all() for e in (0, 2, 4) for p in moe.experts[e].parameters())
+    nobody = nn.RouterInputs(replay_ids_TK=torch.full((6, 1), -1))
+    assert (moe(x_TD, nobody).y == 0).all() and moe(torch.zeros(0, 12)).y.shape == (0, 12)
+
+
+def test_module_experts_where_experts_choose():
+    moe, x_TD = nn.MoE(12, 7, 5, 2, router="expert-choice", experts=unlike()), draw(20, 12)
+    out, probs_TE = moe(x_TD), moe.router(x_TD).topk_weights_TK
+    kept_TE = out.routing.dst_row_TK >= 0
+    y_TED = torch.stack([expert(x_TD) for expert in moe.experts], 1)
+    torch.testing.assert_close(out.y, ((probs_TE * kept_TE)[:, :, None] * y_TED).sum(1))
+
+
+def test_module_experts_round_trip_by_state_dict():
+    one, two, x_TD = nn.MoE(12, 7, 5, 2, experts=unlike()), nn.MoE(12, 7, 5, 2, experts=unlike()), draw(9, 12)
+    for p in two.parameters():
+        torch.nn.init.ones_(p)
+    assert {"router.weight", "experts.0.0.weight", "experts.3.factor"} <= one.state_dict().keys()
+    two.load_state_dict(one.state_dict())
+    assert torch.equal(one(x_TD).y, two(x_TD).y)
+
+
+@pytest.mark.parametrize(
+    ("expert", "message"),
+    [
+        (torch.nn.Linear(12, 11), r"what expert 4 returns must be of shape \[n, D\] = \[\d+, 12\], got \[\d+, 11\]"),
+        (torch.nn.Flatten(0), r"what expert 4 returns must be of shape \[n, D\] = \[\d+, 12\], got \[\d+\]"),
+        (torch.nn.LSTM(12, 12), r"what expert 4 returns must be a torch.Tensor, got tuple"),
+    ],
+)
+def test_module_experts_that_return_something_else(expert, message):
+    moe = nn.MoE(12, 7, 5, 2, experts=[*unlike()[:4], expert])
+    with pytest.raises((ValueError, TypeError), match=r"fastmoe\.ModuleExperts: " + message):
+        moe(draw(30, 12))

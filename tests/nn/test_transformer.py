@@ -29,7 +29,7 @@ VARIANTS = {
     "capacity": replace(SMALL, capacity_factor=0.8),
     "all_dense": replace(SMALL, num_dense_layers=3),
     "tied": replace(SMALL, tie_embeddings=True),
-    "sigmoid": replace(SMALL, router_score="sigmoid", num_dense_layers=0),
+    "sigmoid": replace(SMALL, router_options="score='sigmoid'", num_dense_layers=0),
     "biased": replace(SMALL, activation="clamped_swiglu", bias=True, num_shared_experts=1, save_activations="x"),
     "ungated": replace(SMALL, activation="relu2", num_shared_experts=1),
 }
@@ -229,12 +229,13 @@ def test_compiles_with_inductor():
     [
         *[
             (f"fastmoe.Transformer: {name} must be at least 1, got 0", {name: 0})
-            for name in ("vocab_size", "d_model", "num_layers", "num_heads", "d_ff", "num_experts", "top_k")
+            for name in ("vocab_size", "d_model", "num_layers", "num_heads", "d_ff", "num_experts")
         ],
         ("fastmoe.Transformer: num_dense_layers must be in 0..3 (num_layers), got 4", {"num_dense_layers": 4}),
         ("fastmoe.Transformer: num_dense_layers must be in 0..3 (num_layers), got -1", {"num_dense_layers": -1}),
         ("fastmoe.Transformer: d_ff_dense must be at least 1, got 0", {"d_ff_dense": 0}),
-        ("fastmoe.MoE: top_k must be in 1..4 (num_experts), got 5", {"top_k": 5}),
+        ("fastmoe.TopKRouter: top_k must be in 1..4 (num_experts), got 0", {"top_k": 0}),
+        ("fastmoe.TopKRouter: top_k must be in 1..4 (num_experts), got 5", {"top_k": 5}),
         ("fastmoe.Attention: num_heads must divide d_model", {"num_heads": 3}),
         (
             "fastmoe.Attention: num_heads must divide d_model",

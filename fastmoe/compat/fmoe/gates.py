@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from fastmoe import ops
+from fastmoe.nn import losses
+from fastmoe.nn.router import count
 
 
 class BaseGate(nn.Module):
@@ -62,7 +64,7 @@ class NaiveGate(BaseGate):
     def forward(self, inp: torch.Tensor, return_all_scores: bool = False) -> tuple[torch.Tensor, ...]:
         """(ids [T, K], weights [T, K]), in descending order, and with return_all_scores the logits [T, E] too."""
         logits_TE = self.gate(inp)
-        score_TK, idx_TK, _ = ops.topk_gate(logits_TE, self.top_k)
+        score_TK, idx_TK, _, _ = ops.topk_gate(logits_TE, self.top_k)
         self.set_loss(torch.zeros(1, device=inp.device, requires_grad=True))
         return (idx_TK, score_TK, logits_TE) if return_all_scores else (idx_TK, score_TK)
 
@@ -91,9 +93,8 @@ class GShardGate(NaiveGate):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         idx_TK, score_TK, logits_TE = super().forward(x, return_all_scores=True)
-        E, T = self.tot_expert, max(x.shape[0], 1)
-        probs_TE = logits_TE.float().softmax(dim=1)
-        self.set_loss((_count(idx_TK[:, 0], E) / T * probs_TE.sum(dim=0) / T).sum() * E)
+        E = self.tot_expert
+        self.set_loss(losses.load_balancing_loss(logits_TE.float().softmax(dim=1), count(idx_TK[:, 0], E)))
         limit = math.ceil(self.capacity[0 if self.training else 1] * x.shape[0]) * self.top_k // E
         idx_TK = limit_by_capacity(idx_TK, E, limit)
         if self.random_routing:
@@ -129,11 +130,10 @@ class SwitchGate(NaiveGate):
         logits_TE = self.gate(inp).float()
         if self.training:
             logits_TE = logits_TE + torch.empty_like(logits_TE).uniform_(-self.switch_eps, self.switch_eps)
-        score_T1, idx_T1, probs_TE = ops.topk_gate(logits_TE, 1, renormalize=False)
+        score_T1, idx_T1, probs_TE, _ = ops.topk_gate(logits_TE, 1, renormalize=False)
         limit = math.ceil(self.capacity[0 if self.training else 1] * T / self.num_expert)
         idx_T1 = limit_by_capacity(idx_T1, E, limit)
-        kept_E = _count(idx_T1[:, 0], E)
-        self.set_loss((kept_E / kept_E.sum().clamp(min=1) * probs_TE.sum(dim=0) / max(T, 1)).sum() * E)
+        self.set_loss(losses.load_balancing_loss(probs_TE, count(idx_T1, E)))
         return idx_T1, score_T1
 
 
@@ -159,22 +159,14 @@ class NoisyGate(BaseGate):
         nn.init.uniform_(self.w_noise, -bound, bound)
 
     def forward(self, inp: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        E, K = self.tot_expert, self.top_k
         clean_TE = noisy_TE = (inp @ self.w_gate).float()
         if self.training:
             std_TE = nn.functional.softplus((inp @ self.w_noise).float()) + self.noise_epsilon
             noisy_TE = clean_TE + torch.randn_like(clean_TE) * std_TE
-        score_TK, idx_TK, _ = ops.topk_gate(noisy_TE, K)
-        importance_E = torch.zeros_like(noisy_TE).scatter(1, idx_TK, score_TK).sum(dim=0)
-        loss = _cv_squared(importance_E)
-        if self.training and K < E:
-            chosen_TE = torch.zeros_like(noisy_TE, dtype=torch.bool).scatter(1, idx_TK, True)
-            last_T1 = noisy_TE.gather(1, idx_TK[:, -1:])
-            next_T1 = noisy_TE.masked_fill(chosen_TE, -torch.inf).amax(dim=1, keepdim=True)
-            above_TE = (clean_TE - torch.where(chosen_TE, next_T1, last_T1)) / std_TE
-            loss = loss + _cv_squared(torch.special.ndtr(above_TE).sum(dim=0))
-        elif self.training:
-            loss = loss + _cv_squared(_count(idx_TK.reshape(-1), E).float())
+        score_TK, idx_TK, _, _ = ops.topk_gate(noisy_TE, self.top_k)
+        loss = losses.cv_squared(losses.importance(score_TK, idx_TK, self.tot_expert))
+        if self.training:
+            loss = loss + losses.cv_squared(losses.smooth_load(clean_TE, noisy_TE, std_TE, idx_TK))
         self.set_loss(loss)
         return idx_TK, score_TK
 
@@ -182,18 +174,6 @@ class NoisyGate(BaseGate):
 def limit_by_capacity(idx_TK: torch.Tensor, num_experts: int, limit: int) -> torch.Tensor:
     """idx with -1 in the slots past an expert's first `limit`, first choices of all tokens before second ones."""
     return idx_TK.masked_fill(ops.build_routing(idx_TK, num_experts, limit).dst_row_TK < 0, -1)
-
-
-def _count(idx: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """How often each expert is named: [E] int64; -1 is left out."""
-    zeros_E = torch.zeros(num_experts, dtype=torch.int64, device=idx.device)
-    return zeros_E.scatter_add(0, idx.clamp(min=0), (idx >= 0).long())
-
-
-def _cv_squared(value_E: torch.Tensor) -> torch.Tensor:
-    if value_E.shape[0] == 1:
-        return value_E.sum() * 0
-    return value_E.var() / (value_E.mean() ** 2 + 1e-10)
 
 
 __all__ = ["BaseGate", "GShardGate", "NaiveGate", "NoisyGate", "SwitchGate", "ZeroGate"]
