@@ -69,6 +69,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--tokens", type=int, default=200, help="how many to add (default: 200)")
     generate.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest (default: 0.8)")
     generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument(
+        "--domain", type=int, default=0, metavar="N", help="of a model with router domain: its index in the data's list"
+    )
 
     data = commands.add_parser("data", help="prepare text for training").add_subparsers(
         required=True, metavar="COMMAND"
@@ -79,15 +82,36 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         required=True,
         metavar="PATH",
-        help='files or folders; JSONL and parquet rows have a "text"',
+        help='files or folders; JSONL and parquet rows have a "text", and a "domain" if they like',
     )
     prepare.add_argument(
         "--tokenizer", default="byte", metavar="byte|FILE", help="FILE: a Hugging Face tokenizer.json (default: byte)"
     )
     prepare.add_argument("--out", required=True, metavar="DIR", help="a new folder")
 
+    bench = commands.add_parser("bench", help="compare").add_subparsers(required=True, metavar="WHAT")
+    routers = add("routers", _bench_routers, "train a recipe with every router, at equal FLOPs, data and seeds", bench)
+    routers.add_argument("--recipe", default="tiny", help="default: tiny")
+    routers.add_argument("--seeds", type=int, default=3, help="default: 3")
+    routers.add_argument("--routers", nargs="+", metavar="NAME", help="default: all")
+    routers.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores (default: 1)")
+    routers.add_argument("--out", type=Path, default=Path("runs/routers"), metavar="DIR", help="default: runs/routers")
+    routers.add_argument(
+        "--options", nargs=argparse.REMAINDER, default=[], help="last: options of `fastmoe train` for every run"
+    )
+
     report = add("report", _report, "write a run's report, one HTML page that needs no network")
     report.add_argument("run_dir", metavar="DIR")
+
+    routing = add("routing", _routing, "say what a run's recorded choices would drop, and how they would load ranks")
+    routing.add_argument("file", metavar="FILE", help="of `fastmoe train --routing.record FILE`")
+    routing.add_argument(
+        "--capacity-factor", nargs="+", type=float, default=[1.0, 1.25, 1.5, 2.0], help="default: 1 1.25 1.5 2"
+    )
+    routing.add_argument("--ep", nargs="+", type=int, default=[], metavar="RANKS", help="ranks that share the experts")
+    routing.add_argument(
+        "--placement", nargs="+", default=["contiguous", "balanced"], metavar="NAME", help="contiguous, balanced"
+    )
 
     checkpoint = commands.add_parser("checkpoint", help="look after checkpoints").add_subparsers(
         required=True, metavar="COMMAND"
@@ -147,7 +171,7 @@ def _generate(args: argparse.Namespace) -> None:
     model, tokenizer = load_run(args.run_dir)
     prompt = [int(i) for i in tokenizer.encode(args.prompt)]
     start = prompt or tokenizer.separator
-    ids = generate(model, start, args.tokens, args.temperature, args.seed)
+    ids = generate(model, start, args.tokens, args.temperature, args.seed, domain=args.domain)
     print(printable(tokenizer.decode(ids[0 if prompt else len(start) :])))
 
 
@@ -158,15 +182,35 @@ def _prepare(args: argparse.Namespace) -> None:
     counts = {split: sum(shard["tokens"] for shard in shards) for split, shards in meta["splits"].items()}
     print(
         f"{args.out}: {counts['train']:,} training and {counts['heldout']:,} held-out tokens, vocabulary "
-        f"{meta['vocab_size']}"
+        f"{meta['vocab_size']}, {len(meta['domains']):,} domains"
     )
     print(f"train on it with: fastmoe train tiny --data.path {args.out} --model.vocab-size {meta['vocab_size']}")
+
+
+def _bench_routers(args: argparse.Namespace) -> None:
+    import tyro
+
+    from fastmoe.trainer import compare
+    from fastmoe.trainer.recipes import recipe
+
+    default = recipe(args.recipe)
+    base = tyro.cli(type(default), default=default, args=args.options, prog="fastmoe bench routers --options")
+    names = args.routers or list(compare.VARIANTS)
+    rows = compare.compare(base, args.recipe, names, args.seeds, args.out, args.jobs, args.options)
+    print(compare.table(rows))
+    print(f"written: {args.out / 'routers.json'}, routers.md and routers.svg")
 
 
 def _report(args: argparse.Namespace) -> None:
     from fastmoe.trainer.report import report
 
     print(report(args.run_dir))
+
+
+def _routing(args: argparse.Namespace) -> None:
+    from fastmoe.trainer.routing import simulate, table
+
+    print(table(simulate(args.file, args.capacity_factor, args.ep, args.placement)))
 
 
 def _verify(args: argparse.Namespace) -> int:

@@ -10,19 +10,26 @@ from pathlib import Path
 import torch
 
 from fastmoe import config as configs
-from fastmoe.nn import MoE, Transformer
+from fastmoe.nn import MoE, RouterInputs, Transformer
 from fastmoe.trainer import checkpoint
 from fastmoe.trainer.data import Tokenizer, load_tokenizer
 
 
 @torch.no_grad()
 def generate(
-    model: Transformer, ids: list[int], num_tokens: int, temperature: float = 0.8, seed: int = 0, cached: bool = True
+    model: Transformer,
+    ids: list[int],
+    num_tokens: int,
+    temperature: float = 0.8,
+    seed: int = 0,
+    cached: bool = True,
+    domain: int = 0,
 ) -> list[int]:
     """The prompt ids and num_tokens more, drawn from softmax(logits / temperature); the likeliest at temperature 0.
 
-    cached=False computes every position anew for each token: the same result, slowly. Experts take every token,
-    whatever the capacity in training. ValueError for an empty prompt, or ids and tokens that do not fit the model.
+    cached=False computes every position anew for each token: the same result, slowly. domain: of the text, for router
+    "domain". Experts take every token, whatever the capacity in training. ValueError for an empty prompt, or ids and
+    tokens that do not fit the model.
     """
     config = model.config
     if not ids:
@@ -47,7 +54,8 @@ def generate(
     with _dropless(model):
         for _ in range(num_tokens):
             tokens_BS = torch.tensor([fresh if cached else ids], device=device)
-            logits_V = model(tokens_BS, cache=cache).logits_BSV[0, -1].float().cpu()
+            inputs = RouterInputs(domains_T=torch.full_like(tokens_BS[0], domain))
+            logits_V = model(tokens_BS, cache=cache, inputs=inputs).logits_BSV[0, -1].float().cpu()
             if temperature:
                 drawn = torch.multinomial(torch.softmax(logits_V / temperature, 0), 1, generator=random)
             else:
@@ -64,17 +72,17 @@ def printable(text: str) -> str:
 
 @contextmanager
 def _dropless(model: Transformer) -> Iterator[None]:
-    layers = [(module, module.capacity_factor) for module in model.modules() if isinstance(module, MoE)]
+    layers = [(module, module.capacity_factors) for module in model.modules() if isinstance(module, MoE)]
     training = model.training
     model.eval()
     for module, _ in layers:
-        module.capacity_factor = None
+        module.capacity_factors = (None, None)
     try:
         yield
     finally:
         model.train(training)
-        for module, factor in layers:
-            module.capacity_factor = factor
+        for module, factors in layers:
+            module.capacity_factors = factors
 
 
 def load_run(run_dir: str | Path) -> tuple[Transformer, Tokenizer]:
@@ -88,7 +96,7 @@ def load_run(run_dir: str | Path) -> tuple[Transformer, Tokenizer]:
             f"fastmoe.generate: --run.dir must be the folder of a run with a checkpoint, got {str(run_dir)!r}"
         )
     state = checkpoint.read_state(path)
-    config = replace(configs.from_dict(state["config"]).model, capacity_factor=None)
+    config = replace(configs.from_dict(state["config"]).model, capacity_factor=0.0, eval_capacity_factor=None)
     model = Transformer(config).to("cuda" if torch.cuda.is_available() else "cpu")
     checkpoint.load_model(path, model)
     return model, load_tokenizer(state["tokenizer"], run_dir)

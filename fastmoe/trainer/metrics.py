@@ -5,12 +5,14 @@ peak.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import resource
 import shutil
 import sys
 import time
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -19,6 +21,7 @@ import torch
 from fastmoe.config import LogConfig
 
 MAX_COUNTS = 64  # experts a layer up to which metrics.jsonl keeps every count; above, 17 quantiles
+HOT = 4.0  # times the mean load, above which an expert counts as hot
 _GIB = 1 << 30
 
 
@@ -62,22 +65,54 @@ def machine(device: torch.device) -> str:
     return f"{name}; Python {platform.python_version()}, torch {torch.__version__}"
 
 
-def describe_load(load_LE: torch.Tensor, dropped_L: torch.Tensor) -> dict:
+def describe_routing(
+    load_LE: torch.Tensor, dropped_L: torch.Tensor, logit_norm_L: torch.Tensor, losses: dict[str, torch.Tensor]
+) -> dict:
     """Metrics of one step's routing: `load` (counts by layer and expert, or `load_quantiles` past MAX_COUNTS experts),
-    `load_max_over_mean` (the largest of the layers) and `drop_rate` (dropped slots over all slots).
+    `load_max_over_mean` (the largest of the layers), `drop_rate` (dropped slots over all slots) and `layers`.
 
-    load_LE: [L, E] and dropped_L: [L], integer-valued float64 on the CPU.
+    `layers` has lists over the MoE layers: `max_over_mean`, `cv` (standard deviation over mean) and `entropy` (over
+    log E: 1 is even, 0 one expert) of the load, `dead` (experts without a token), `hot` (experts with more than HOT
+    times the mean), `drop_rate`, `logit_norm` and `loss_<name>` of every loss.
+
+    load_LE: [L, E] and dropped_L: [L], integer-valued; logit_norm_L and losses: [L]. All float64 on the CPU.
     """
-    if not len(load_LE):
-        return {"load": [], "load_max_over_mean": 1.0, "drop_rate": 0.0}
+    L, E = load_LE.shape
+    if not L:
+        return {"load": [], "load_max_over_mean": 1.0, "drop_rate": 0.0, "layers": {}}
     total_L = load_LE.sum(1)
-    if load_LE.shape[1] <= MAX_COUNTS:
+    slots_L = total_L.clamp(min=1)
+    share_LE, peak_L = load_LE / slots_L[:, None], load_LE.amax(1) * E / slots_L
+    layers = {
+        "max_over_mean": peak_L,
+        "cv": share_LE.std(1, correction=0) * E,
+        "entropy": (-torch.xlogy(share_LE, share_LE).sum(1) / math.log(E)) if E > 1 else torch.ones_like(total_L),
+        "dead": (load_LE == 0).sum(1),
+        "hot": (share_LE * E > HOT).sum(1),
+        "drop_rate": dropped_L / slots_L,
+        "logit_norm": logit_norm_L,
+        **{f"loss_{name}": loss_L for name, loss_L in losses.items()},
+    }
+    if E <= MAX_COUNTS:
         counts = {"load": load_LE.long().tolist()}
     else:
         points = torch.linspace(0, 1, 17, dtype=load_LE.dtype)
         counts = {"load_quantiles": torch.quantile(load_LE, points, dim=1).T.tolist()}
-    peak = (load_LE.amax(1) * load_LE.shape[1] / total_L.clamp(min=1)).max().item()
-    return {**counts, "load_max_over_mean": peak, "drop_rate": (dropped_L.sum() / total_L.sum().clamp(min=1)).item()}
+    return {
+        **counts,
+        "load_max_over_mean": peak_L.max().item(),
+        "drop_rate": (dropped_L.sum() / total_L.sum().clamp(min=1)).item(),
+        "layers": {name: [_short(value) for value in value_L.tolist()] for name, value_L in layers.items()},
+    }
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}") if value % 1 else int(value)
+
+
+def worst(key: str) -> Callable[[Sequence[float]], float]:
+    """min or max, whichever is the worse end of a metric of `layers`."""
+    return min if key == "entropy" else max
 
 
 def read(path: str | Path, last_step: int | None = None) -> list[dict]:
@@ -123,9 +158,9 @@ class Metrics:
             ) from error
         self.window.append(record)
         step = record["step"]
-        if self.board:
-            self._board(record)
         shown = step % self.config.every == 0 or step == self.steps or len(self.window) == step == 1
+        if self.board:
+            self._board(record, shown)
         if self.bar:
             print(f"\r\033[K{self._bar(record)}", end="", flush=True)
         elif shown:
@@ -209,10 +244,19 @@ class Metrics:
         done = round(width * record["step"] / self.steps)
         return "█" * done + "░" * (width - done) + text[:columns]
 
-    def _board(self, record: dict) -> None:
-        for key, value in {**record, **{f"perf/{k}": v for k, v in record["perf"].items()}}.items():
+    def _board(self, record: dict, histograms: bool) -> None:
+        """Of what is kept by layer the mean and the worst; the loads of all layers and experts as one histogram."""
+        values = {**record, **{f"perf/{key}": value for key, value in record["perf"].items()}}
+        for key, value_L in record["layers"].items():
+            values[f"layers/{key}"] = sum(value_L) / len(value_L)
+            values[f"layers/{key}_worst"] = worst(key)(value_L)
+        for key, value in values.items():
             if isinstance(value, int | float) and key != "step":
                 self.board.add_scalar(key, value, record["step"])
+        load_LE = record.get("load", record.get("load_quantiles"))
+        if histograms and load_LE:
+            shares = torch.tensor([[load / (sum(row) / len(row) or 1) for load in row] for row in load_LE])
+            self.board.add_histogram("layers/load_over_mean", shares, record["step"])
 
 
 def _tensorboard(run_dir: Path, restored_step: int):

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 
 from fastmoe import config as configs
-from fastmoe.trainer import metrics
+from fastmoe.trainer import alarms, metrics
 
 MAX_POINTS = 600
 _COLUMNS, _ROWS, _LEVELS = 120, 512, 17  # heat map: steps, rows, colors
@@ -63,6 +63,12 @@ table { width: 100%; border-collapse: collapse; break-inside: avoid; margin-bott
 th { text-align: left; padding: 3px 0; border-bottom: 1px solid var(--rule); }
 td { padding: 2px 0; color: var(--soft); } td + td { text-align: right; color: var(--ink); overflow-wrap: anywhere; }
 .changed td { font-weight: 650; color: var(--ink); }
+.layers th + th { text-align: right; padding-left: 8px; } .layers td { font-variant-numeric: tabular-nums; }
+.layers i { color: var(--soft); font-style: normal; }
+.alarms { border-color: var(--b); margin-top: 16px; }
+.alarms ul { margin: 0; padding-left: 18px; }
+.alarms li { margin-top: 8px; font-size: 13.5px; overflow-wrap: anywhere; }
+.alarms i { display: block; color: var(--soft); font-style: normal; }
 """
 
 _SCRIPT = """
@@ -156,6 +162,19 @@ def _page(run_dir: Path, run: dict, records: list[dict], summary: dict) -> str:
             [100 * record["drop_rate"] for record in few],
         ),
     ]
+    routed = [record for record in records if record.get("layers")]
+    found = []
+    if routed:
+        found = alarms.find(routed, configs.from_dict(run["config"]).model)
+        chunks = _chunks(routed, MAX_POINTS)
+        ends = [chunk[-1]["step"] for chunk in chunks]
+        for id_, title, note, key in (
+            ("entropy", "Load entropy", "of the most uneven layer, over log E; 1 is even", "entropy"),
+            ("logit-norm", "Router logits", "root mean square, of the layer with the largest", "logit_norm"),
+        ):
+            worst = [metrics.worst(key)(_mean_rows([record["layers"][key] for record in chunk])) for chunk in chunks]
+            parts.append(_section(id_, title, note, _chart(title, ends, [(title, "line a", worst)], 520, 190), "half"))
+        parts.append(_layers(routed, run["config"]["model"]["num_dense_layers"]))
     if summary.get("sample"):
         body = f"<pre>{escape(summary['sample'])}</pre>"
         parts.append(_section("sample", "Sample", "what the model writes at temperature 0.8", body))
@@ -165,6 +184,7 @@ def _page(run_dir: Path, run: dict, records: list[dict], summary: dict) -> str:
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>fastmoe: {escape(name)}</title><style>{_STYLE}{_palette()}</style></head>
 <body><main><h1>{escape(name)}</h1><p>{done} · {escape(run["machine"])}</p>
+{_alarms(found) if found else ""}
 <div class="tiles">{_tiles(run, records, summary, unit)}</div>
 <div class="grid">{"".join(parts)}</div>
 </main><div id="tip"></div><script>{_SCRIPT}</script></body></html>
@@ -173,6 +193,44 @@ def _page(run_dir: Path, run: dict, records: list[dict], summary: dict) -> str:
 
 def _section(id_: str, title: str, note: str, body: str, classes: str = "") -> str:
     return f'<section id="{id_}" class="{classes}"><h2>{title}</h2><p>{note}</p>{body}</section>'
+
+
+def _alarms(found: list[alarms.Alarm]) -> str:
+    items = "".join(
+        f"<li><b>layer {alarm.layer}</b>: {escape(alarm.what)}, steps {alarm.first:,} to {alarm.last:,}"
+        f"<i>Likely causes: {escape(alarm.causes)}.</i><i>Remedies: {escape(alarm.remedies)}.</i></li>"
+        for alarm in found
+    )
+    return _section("alarms", "Alarms", "windows of steps with poor routing", f"<ul>{items}</ul>", "alarms")
+
+
+def _layers(records: list[dict], first_layer: int) -> str:
+    """A table of each MoE layer's metrics at the end and their worst."""
+    last = records[-20:]
+    columns = {
+        "max/mean": ("max_over_mean", 1, ".2f"),
+        "CV": ("cv", 1, ".2f"),
+        "entropy": ("entropy", 1, ".3f"),
+        "idle": ("dead", 1, ".3g"),
+        "hot": ("hot", 1, ".3g"),
+        "dropped %": ("drop_rate", 100, ".1f"),
+        "logits": ("logit_norm", 1, ".3g"),
+        **{
+            key.replace("_", " "): (key, 1, ".3g")
+            for key in records[0]["layers"]
+            if key.startswith("loss_") and all(key in record["layers"] for record in records)
+        },
+    }
+    cells_L = [[f"layer {first_layer + i}"] for i in range(len(last[0]["layers"]["dead"]))]
+    for key, scale, form in columns.values():
+        end_L = _mean_rows([record["layers"][key] for record in last])
+        worst_L = map(metrics.worst(key), zip(*(record["layers"][key] for record in records)))
+        for cells, end, worst in zip(cells_L, end_L, worst_L):
+            cells.append(f"{scale * end:{form}} <i>{scale * worst:{form}}</i>")
+    head = "".join(f"<th>{name}</th>" for name in ("", *columns))
+    rows = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>" for cells in cells_L)
+    note = f"mean of the last {len(last)} steps, then the worst step of the run"
+    return _section("layers", "Layers", note, f'<table class="layers"><tr>{head}</tr>{rows}</table>')
 
 
 def _loss(
@@ -283,7 +341,7 @@ def _heat_map(records: list[dict], first_layer: int) -> str:
     rows, values, labels, paths = [], [], [], [""] * _LEVELS
     for layer in range(layers):
         start = top + layer * (len(names) * height + gap)
-        if layers <= 24 or layer % 4 == 0:
+        if layer % math.ceil(13 / (len(names) * height + gap)) == 0:
             labels.append(_text(left - 8, start + len(names) * height / 2 + 4, f"layer {first_layer + layer}"))
         shares = [_shares(chunk, key, layer, busiest) for chunk in chunks]
         for e, name in enumerate(names):
@@ -309,7 +367,7 @@ def _shares(chunk: list[dict], key: str, layer: int, busiest: bool) -> list[floa
         mean = sum(record[key][layer]) / len(record[key][layer]) or 1
         share = [value / mean for value in record[key][layer]]
         shares.append([max(share)] if busiest else share)
-    return [sum(row) / len(row) for row in zip(*shares)]
+    return _mean_rows(shares)
 
 
 def _color_scale() -> str:
@@ -370,6 +428,10 @@ def _mean(chunk: list[dict]) -> dict:
         "perf": mean([record["perf"] for record in chunk]),
         "step": chunk[-1]["step"],
     }
+
+
+def _mean_rows(rows: list[list[float]]) -> list[float]:
+    return [sum(column) / len(column) for column in zip(*rows)]
 
 
 def _smooth(values: list[float]) -> list[float]:

@@ -21,16 +21,27 @@ import torch
 from fastmoe import config as configs
 from fastmoe import native
 from fastmoe.config import Config
-from fastmoe.nn import Transformer
+from fastmoe.nn import RouterInputs, Transformer
+from fastmoe.nn.router import HashRouter
 from fastmoe.optim import AdamW
 from fastmoe.optim.clip import grad_norm
 from fastmoe.optim.schedule import cosine
-from fastmoe.trainer import checkpoint, data, metrics
+from fastmoe.trainer import alarms, checkpoint, data, metrics, routing
 from fastmoe.trainer.generate import generate, printable
 from fastmoe.trainer.report import report
 
 # Model settings that a resumed run may change; all others define the function that the weights belong to.
-_FREE = {"model.aux_loss_weight", "model.z_loss_weight", "model.capacity_factor", "model.max_seq_len", "model.init_std"}
+_FREE = {
+    f"model.{name}"
+    for name in (
+        "aux_loss_weight",
+        "z_loss_weight",
+        "capacity_factor",
+        "eval_capacity_factor",
+        "max_seq_len",
+        "init_std",
+    )
+}
 _SAMPLE_TOKENS = 200
 
 
@@ -62,7 +73,13 @@ def train(config: Config) -> Result:
     with _Signals() as signals, _run_dir(run_dir):
         folder = Path(config.data.path) if config.data.path else data.default_corpus()
         settings = config.train.seq_len, config.train.seed, config.model.vocab_size
-        batches, heldout = (data.Batches(folder, split, *settings) for split in data.SPLITS)
+        domains = config.model.router == "domain"
+        batches, heldout = (data.Batches(folder, split, *settings, domains) for split in data.SPLITS)
+        if domains and len(batches.meta["domains"]) > config.model.num_experts:
+            raise ValueError(
+                f"fastmoe.train: --model.num-experts must be at least {len(batches.meta['domains'])}, the domains of "
+                f"{folder}, got {config.model.num_experts}"
+            )
         return _Run(config, device, run_dir, batches, heldout, signals).train()
 
 
@@ -93,6 +110,12 @@ class _Run:
         self.optimizer = AdamW(groups, optim.lr, (optim.beta1, optim.beta2), optim.eps)
         self.step, self.position, self.seconds, self.saved = 0, 0, 0.0, None
         self._resume()
+        tables = [module for module in self.model.modules() if isinstance(module, HashRouter) and module.balanced]
+        if tables and not self.step:
+            tables[0].balance_tables(batches.token_counts(config.model.vocab_size), config.train.seed)
+            for router in tables[1:]:
+                router.table_VK.copy_(tables[0].table_VK)
+        self._open_routing()
         self._describe()
         dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
         self.peak = metrics.measured_peak(device.type, dtype)
@@ -126,6 +149,9 @@ class _Run:
             return self._finish()
         finally:
             self.metrics.close()
+            for file in (self.recorder, self.replay):
+                if file:
+                    file.close()
 
     def _train_step(self) -> dict:
         """One optimizer step; returns its record. The host waits for the device once, before the weights change."""
@@ -134,29 +160,42 @@ class _Run:
         lr = cosine(self.step + 1, optim, train.steps)
         micro = train.batch_size // train.grad_accumulation
         self.optimizer.zero_grad()
-        sums = None
+        sums, chosen = None, []
         for i in range(train.grad_accumulation):
-            ids_BS, targets_BS = self._to_device(self.batches.at(self.position + i * micro, micro))
-            with self._naming_the_step(ids_BS), self._autocast():
-                out = self.forward(ids_BS, targets_BS)
+            ids_BS, targets_BS, *domains_BS = self._to_device(self.batches.at(self.position + i * micro, micro))
+            key = torch.tensor([train.seed, self.step, i * ids_BS.numel()], device=self.device)
+            options = {"inputs": _inputs(domains_BS, key)}
+            if self.replay:
+                options["replay"] = self.replay.at(self.step + 1, i, self.device)
+            with self._naming_the_step(ids_BS, options), self._autocast():
+                out = self.forward(ids_BS, targets_BS, **options)
+            if self.recorder:
+                chosen.append(routing.pack(out.routed, self.config.model.num_experts))
             ((out.loss + out.aux_loss) / train.grad_accumulation).backward()
-            parts = (
+            parts = [
                 torch.stack([out.loss.detach(), out.aux_loss.detach()]),
                 out.nan_tokens_L,
                 out.dropped_L,
                 out.load_LE.flatten(),
-            )
+                out.logit_norm_L,
+                *out.losses.values(),
+            ]
             row = torch.cat([part.double() for part in parts])
             sums = row if sums is None else sums + row
         sums = torch.cat([grad_norm(self.parameters).double().view(1), sums]).cpu()
-        layers, experts = out.load_LE.shape
-        norm, loss, aux_loss = sums[0].item(), *(sums[1:3] / train.grad_accumulation).tolist()
-        nan_L, dropped_L, load = sums[3:].split([layers, layers, layers * experts])
+        total, nan_L, dropped_L, load, *means = sums[1:].split([part.numel() for part in parts])
+        norm, loss, aux_loss = sums[0].item(), *(total / train.grad_accumulation).tolist()
+        load_LE = load.view(out.load_LE.shape)
+        logit_norm_L, *losses = [value_L / train.grad_accumulation for value_L in means]
         self._check_finite(loss, aux_loss, norm, nan_L)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step(grad_scale=min(1.0, optim.clip_norm / norm) if optim.clip_norm and norm else 1.0)
+        for i, load_E in zip(self.model.moe_layers, load_LE):
+            self.model.layers[i].feed_forward.router.update(load_E.to(self.device))
         self.step += 1
+        if self.recorder:
+            self.recorder.write(self.step, chosen)
         self.position += train.batch_size
         seconds = time.perf_counter() - start
         rate = train.batch_size * train.seq_len / seconds
@@ -167,7 +206,7 @@ class _Run:
             "lr": lr,
             "grad_norm": norm,
             "tokens": self.position * train.seq_len,
-            **metrics.describe_load(load.view(layers, experts), dropped_L),
+            **metrics.describe_routing(load_LE, dropped_L, logit_norm_L, dict(zip(out.losses, losses))),
             "perf": {
                 "tokens_per_second": rate,
                 "step_seconds": seconds,
@@ -198,7 +237,7 @@ class _Run:
         )
 
     @contextmanager
-    def _naming_the_step(self, ids_BS: torch.Tensor) -> Iterator[None]:
+    def _naming_the_step(self, ids_BS: torch.Tensor, options: dict) -> Iterator[None]:
         """On a CPU the gating op refuses NaN logits: says at which step and layer."""
         try:
             yield
@@ -212,7 +251,7 @@ class _Run:
             ]
             try:
                 with torch.no_grad(), self._autocast():
-                    self.model(ids_BS, ids_BS)
+                    self.model(ids_BS, ids_BS, **options)
             except ValueError:
                 pass
             finally:
@@ -231,9 +270,9 @@ class _Run:
             if stop():
                 return math.nan
             count = int((batch[1] != -100).sum())
-            ids_BS, targets_BS = self._to_device(batch)
+            ids_BS, targets_BS, *domains_BS = self._to_device(batch)
             with self._autocast():
-                nats += self.model(ids_BS, targets_BS).loss.double() * count
+                nats += self.model(ids_BS, targets_BS, inputs=_inputs(domains_BS)).loss.double() * count
             tokens += count
         self.model.train()
         return nats.item() / tokens / math.log(2)
@@ -258,6 +297,8 @@ class _Run:
             f"held-out {heldout:.3f} bits/{'byte' if self.byte_tokens else 'token'}"
             + (f"; order-2 model {order2:.3f} bits/byte" if order2 is not None else "")
         )
+        for alarm in alarms.find(metrics.read(self.metrics.path), self.config.model):
+            note(f"ALARM: {alarm}")
         note("sample:\n" + "\n".join(f"  | {line}" for line in sample.split("\n")))
         note(f"checkpoint: {self.saved}")
         note(f"report: {page}")
@@ -273,6 +314,8 @@ class _Run:
 
     def _save(self) -> None:
         self.metrics.sync()
+        if self.recorder:
+            self.recorder.sync()
         state = {
             "position": self.position,
             "seconds": self.seconds,
@@ -320,11 +363,24 @@ class _Run:
         if state["data"] != self.data_digest:
             print("note: the data are not those of the checkpoint; position counts on in the new ones", flush=True)
 
+    def _open_routing(self) -> None:
+        train, model, given = self.config.train, self.config.model, self.config.routing
+        self.recorder = self.replay = None
+        tokens = train.batch_size // train.grad_accumulation * train.seq_len
+        sizes = (len(self.model.moe_layers), model.num_dense_layers, tokens, self.model.top_k, model.num_experts)
+        shape = routing.Shape(*sizes, train.grad_accumulation)
+        if (given.record or given.replay) and not shape.layers:
+            raise ValueError("fastmoe.train: --routing.record and --routing.replay need a layer with experts, got none")
+        if given.replay:
+            self.replay = routing.Replay(given.replay, shape, self.step + 1, train.steps)
+        if given.record:
+            self.recorder = routing.Recorder(given.record, shape, self.step, self.config.run.resume)
+
     def _describe(self) -> None:
         """Prints what is about to run and keeps it in run.json for the report."""
         experts = [p.numel() for name, p in self.model.named_parameters() if ".experts." in name]
         total, model = self.model.num_parameters(), self.config.model
-        active = total - round(sum(experts) * (1 - model.top_k / model.num_experts))
+        active = total - round(sum(experts) * (1 - self.model.top_k / model.num_experts))
         about = {
             "config": asdict(self.config),
             "machine": metrics.machine(self.device),
@@ -348,8 +404,13 @@ class _Run:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.dtype == "bf16")
 
-    def _to_device(self, tensors: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    def _to_device(self, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return tuple(tensor.to(self.device) for tensor in tensors)
+
+
+def _inputs(domains_BS: list[torch.Tensor], key: torch.Tensor | None = None) -> RouterInputs:
+    """domains_BS: of the batch, one or none."""
+    return RouterInputs(domains_T=domains_BS[0].flatten() if domains_BS else None, key=key)
 
 
 class _Signals:

@@ -55,6 +55,7 @@ def test_a_run_leaves_metrics_checkpoints_and_a_summary(finished, metrics_of, ca
             "load",
             "load_max_over_mean",
             "drop_rate",
+            "layers",
         } <= record.keys()
         assert record["tokens"] == record["step"] * 4 * 32
         assert all(sum(layer) == 4 * 32 * 2 for layer in record["load"]) and record["drop_rate"] == 0
@@ -286,8 +287,8 @@ def test_what_is_not_finite_never_reaches_the_weights(tiny, changes, message):
 def test_a_nan_flag_names_step_and_layer_and_keeps_the_checkpoint(tiny, monkeypatch, metrics_of):
     forward, calls = Transformer.forward, []
 
-    def flagged(self, ids, targets=None, cache=None):
-        out = forward(self, ids, targets, cache)
+    def flagged(self, ids, targets=None, cache=None, **options):
+        out = forward(self, ids, targets, cache, **options)
         calls.append(torch.is_grad_enabled())
         return out._replace(nan_tokens_L=torch.tensor([7])) if sum(calls) == 6 and calls[-1] else out
 
@@ -353,7 +354,7 @@ def test_generating_with_and_without_a_cache_is_the_same(tiny, temperature):
     model = Transformer(replace(tiny().model, init_std=0.2, capacity_factor=0.5))
     results = [generate(model, [5, 6, 7], 24, temperature, seed=2, cached=cached) for cached in (True, False)]
     assert results[0] == results[1] and results[0][:3] == [5, 6, 7] and len(results[0]) == 27
-    assert model.layers[0].feed_forward.capacity_factor == 0.5
+    assert model.layers[0].feed_forward.capacity_factors == (0.5, 0.5)
     if temperature:
         assert generate(model, [5, 6, 7], 24, temperature, seed=3) != results[0]
     for ids, tokens, message in (
@@ -422,6 +423,13 @@ def test_the_report_is_whole_and_needs_nothing_else(finished, metrics_of):
         [record["loss"] / math.log(2) for record in records], rel=1e-4
     )
     assert [value is not None for value in series["held-out"]] == [False, False, True, False, False, True, False, True]
+    layers = [record["layers"] for record in records]
+    lowest, largest = (dict(page.plots[name]["series"])[name] for name in ("Load entropy", "Router logits"))
+    assert lowest == pytest.approx([min(row["entropy"]) for row in layers], rel=1e-4)
+    assert largest == pytest.approx([max(row["logit_norm"]) for row in layers], rel=1e-4)
+    row = text[text.index("<td>layer 1</td>") :].split("</td>")[1:]
+    ends = [sum(record["max_over_mean"][1] for record in layers) / 8, max(r["max_over_mean"][1] for r in layers)]
+    assert row[0] == "<td>{:.2f} <i>{:.2f}</i>".format(*ends)
     heat = page.plots["Expert load"]
     assert heat["values"][5][2] == round(records[2]["load"][1][1] * 4 / 256, 2)
     assert {f"{result.heldout:.3f}", f"{result.order2:.3f}", "num_experts", "clip_norm"} <= set(page.cells)
@@ -432,15 +440,17 @@ def test_the_report_of_long_or_unfinished_or_no_runs(finished, tmp_path):
     run = tmp_path / "long"
     run.mkdir()
     about = json.loads((Path(config.run.dir) / "run.json").read_text())
+    about["config"]["model"]["num_experts"] = 64
     (run / "run.json").write_text(json.dumps(about))
     with pytest.raises(ValueError, match="must be the folder of a run"):
         report(run)
     (run / "metrics.jsonl").touch()
     with pytest.raises(ValueError, match="no finished step"):
         report(run)
+    routed = torch.full((60, 64), 9.0), torch.zeros(60), torch.ones(60)
     record = {
         **json.loads((Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()[0]),
-        "load": [[9] * 64] * 60,
+        **metrics.describe_routing(*(value.double() for value in routed), {}),
     }
     lines = [
         json.dumps({**record, "step": step, **({"heldout": 3.0} if step % 200 == 0 else {})}) for step in range(1, 801)
@@ -450,4 +460,6 @@ def test_the_report_of_long_or_unfinished_or_no_runs(finished, tmp_path):
     assert len(page.plots["Loss"]["x"]) == 600 and page.plots["Loss"]["x"][-1] == 800
     assert sum(value is not None for value in dict(page.plots["Loss"]["series"])["held-out"]) == 4
     assert len(page.plots["Expert load"]["rows"]) == 60 and len(page.plots["Expert load"]["x"]) == 120
-    assert (run / "report.html").stat().st_size < 500_000
+    assert page.cells.count("layer 59") == 1 and "alarms" not in page.ids
+    assert len(page.plots["Load entropy"]["x"]) == 600
+    assert (run / "report.html").stat().st_size < 600_000
