@@ -332,6 +332,7 @@ def test_a_full_disk_ends_the_run_with_the_checkpoint_before(tiny, monkeypatch, 
 def test_signals_save_and_set_the_status(tiny, flags, number, status, metrics_of, capsys):
     run = Path(tiny().run.dir)
     words = ["train", "tiny", *flags, "--train.steps", "1000000", "--run.dir", str(run)]
+    before = signal.getsignal(signal.SIGINT)
 
     def send():
         while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("\n") < 3:
@@ -345,7 +346,7 @@ def test_signals_save_and_set_the_status(tiny, flags, number, status, metrics_of
     step = metrics_of(run)[-1]["step"]
     assert step >= 3 and checkpoint.newest_intact(run / "checkpoints").name == f"step-{step:08d}"
     assert f"stopped by {number.name} after step {step}" in capsys.readouterr().out
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
