@@ -573,7 +573,8 @@ class CosineRouter(Router):
     Weights: the probability, divided by their sum for K > 1. noise: in training N(0, noise / E) is added to the logits
     that choose. cv: the loss is half of CV^2 of the summed probabilities plus CV^2 of the smooth load (with noise)
     instead of the balancing loss, the expected number of tokens whose logit with noise drawn again would reach the K-th
-    best. Source: Tutel (Hwang et al., arXiv 2206.03382), after Chi et al., arXiv 2204.09179.
+    best. With a capacity factor an expert keeps K * floor(factor * ceil(T / E)) slots. Source: Tutel (Hwang et al., arXiv
+    2206.03382), after Chi et al., arXiv 2204.09179.
     """
 
     loss_weights = {"balance": 0.01}
@@ -590,6 +591,9 @@ class CosineRouter(Router):
         self.projection_weight = nn.Parameter(torch.empty(self.projection, self.d_model).normal_(std=std))
         self.weight = nn.Parameter(torch.empty(self.num_experts, self.projection).normal_(std=0.01))
         self.temperature = nn.Parameter(torch.tensor(math.log(2)))
+
+    def capacity(self, num_tokens, factor):
+        return self.top_k * max(1, math.floor(factor * -(-num_tokens // self.num_experts) + 1e-9))
 
     def route(self, x_TD, inputs):
         at_TP = nn.functional.normalize(ops.linear(x_TD, self.projection_weight.to(x_TD.dtype)), dim=1)

@@ -598,6 +598,8 @@ def test_a_skipped_second_choice_takes_no_slot():
         ("gshard", {"slot_multiple": 4}, 1, 1.0, 4),
         ("prototype", {}, 10, 1.25, 7),
         ("prototype", {"slots": "1x"}, 10, 1.25, 4),
+        ("cosine", {}, 10, 1.25, 6),
+        ("cosine", {}, 3, 0.5, 2),
     ],
 )
 def test_slots_of_an_expert(name, options, T, factor, want):
