@@ -573,8 +573,8 @@ class CosineRouter(Router):
     Weights: the probability, divided by their sum for K > 1. noise: in training N(0, noise / E) is added to the logits
     that choose. cv: the loss is half of CV^2 of the summed probabilities plus CV^2 of the smooth load (with noise)
     instead of the balancing loss, the expected number of tokens whose logit with noise drawn again would reach the K-th
-    best. With a capacity factor an expert keeps K * floor(factor * ceil(T / E)) slots. Source: Tutel (Hwang et al., arXiv
-    2206.03382), after Chi et al., arXiv 2204.09179.
+    best. With a capacity factor an expert keeps K * floor(factor * ceil(T / E)) slots. Source: Tutel (Hwang et al.,
+    arXiv 2206.03382), after Chi et al., arXiv 2204.09179.
     """
 
     loss_weights = {"balance": 0.01}
