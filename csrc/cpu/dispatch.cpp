@@ -81,8 +81,8 @@ int64_t fm_swipe_workspace(int64_t W, int64_t K, int64_t experts_per_rank) {
     return W + 3 * K * W + K + W * experts_per_rank;
 }
 int64_t fm_moe_mlp_workspace(const fm_moe_layer* l) {
-    return with_types(l->dtype, [&](auto between, auto) {
-        return fm_workspace::Forward<decltype(between)>(nullptr, *l).floats * int64_t(sizeof(float));
+    return with_types(l->dtype, [&](auto between, auto stored) {
+        return fm_workspace::Forward<decltype(between), decltype(stored)>(nullptr, *l).floats * int64_t(sizeof(float));
     });
 }
 int64_t fm_moe_mlp_backward_workspace(const fm_moe_layer* l) {

@@ -3,6 +3,8 @@
 #include <math.h>
 #include <omp.h>
 
+#include <type_traits>
+
 #include "gemm.h"
 
 namespace {
@@ -64,7 +66,16 @@ struct Layer : fm_moe_layer {
     }
     float* block_memory() const { return memory + omp_get_thread_num() * aligned(kThreadFloats); }
     int64_t used() const { return offsets[E]; }
-    Lines<S> by_token(const void* rows) const { return {static_cast<const S*>(rows), D, token}; }
+    /* Rows [T, D] of the tokens as the products read them; `room` where that is another type. */
+    template <class Between>
+    Lines<Between> by_token(const void* rows, Between* room) const {
+        const S* from = static_cast<const S*>(rows);
+        if constexpr (std::is_same_v<S, Between>) return {from, D, token};
+#pragma omp parallel for num_threads(num_threads) schedule(static)
+        for (int64_t t = 0; t < T; ++t)
+            each_vector(D, [&](int64_t d, auto n) { store(room + t * D + d, load(from + t * D + d, n), n); });
+        return {room, D, token};
+    }
     /* The weights of e as right-hand sides with k = D or F (forward) and k = Z or D (backward). */
     Weight<S> up_of(int64_t e) const { return {{gate_up + e * Z * D, transposed ? Z : D, nullptr}, !transposed}; }
     Weight<S> down_of(int64_t e) const { return {{down + e * D * F, transposed ? D : F, nullptr}, !transposed}; }
@@ -304,8 +315,8 @@ void add_bias(const S* bias, float* c, int64_t n) {
 }
 
 /* z = x gate_up^T + bias for every row; row(r, f0, n, gate, up) takes it. */
-template <class L, class S, class Row>
-void for_rows_of_z(const Layer<S>& layer, const RowBlocks& blocks, const Lines<S>& x, Row row) {
+template <class L, class S, class Between, class Row>
+void for_rows_of_z(const Layer<S>& layer, const RowBlocks& blocks, const Lines<Between>& x, Row row) {
     for_row_blocks(
         layer, blocks, layer.F, layer.z_columns(), [&](int64_t e, int64_t r0, int64_t r1, int64_t f0, int64_t f1) {
             Columns parts[2];
@@ -327,7 +338,7 @@ template <class S, class Weight>
 void forward(const fm_moe_mlp_cpu_args* a) {
     using L = Lane<S>;
     using Between = typename L::Between;
-    const Forward<Between> ws(a->workspace, a->layer);
+    const Forward<Between, S> ws(a->workspace, a->layer);
     const Layer<S> layer(a, ws.token, ws.threads);
     const RowBlocks blocks(a->offsets, ws.first_block, layer.E);
     const int64_t D = layer.D, F = layer.F, Z = layer.Z, R = layer.R, used = layer.used();
@@ -341,7 +352,7 @@ void forward(const fm_moe_mlp_cpu_args* a) {
         memset(z8 + used * Z, 0, size_t((R - used) * Z));
         memset(scales + used * num_scales, 0, size_t((R - used) * num_scales) * sizeof(bf16));
     }
-    for_rows_of_z<L>(layer, blocks, layer.by_token(a->x_TD),
+    for_rows_of_z<L>(layer, blocks, layer.by_token(a->x_TD, ws.x),
                      [&](int64_t r, int64_t f0, int64_t n, const float* gate, const float* up) {
                          if (layer.save == FM_SAVE_Z) store_z(layer, gate, up, 1.f, z + r * Z, f0, n);
                          if (layer.save == FM_SAVE_Z8) {
@@ -469,7 +480,7 @@ void backward(const fm_moe_mlp_backward_cpu_args* a) {
     const Layer<S> layer(a, ws.token, ws.threads);
     const RowBlocks blocks(a->offsets, ws.first_block, layer.E);
     const int64_t D = layer.D, F = layer.F, Z = layer.Z, parts = f_blocks(layer);
-    const Lines<S> x = layer.by_token(a->x_TD), dy = layer.by_token(a->dy_TD);
+    const Lines<Between> x = layer.by_token(a->x_TD, ws.x), dy = layer.by_token(a->dy_TD, ws.dy);
     const Weight* weights = static_cast<const Weight*>(a->weights_TK);
     for (int64_t r = 0; r < layer.used(); ++r) ws.weight[r] = to_float(weights[a->src_row_R[r]]);
     const S* z = static_cast<const S*>(a->z_RZ);

@@ -24,22 +24,29 @@ struct Cutter {
     }
 };
 
-/* The expert layer. Between: the type of rows between two products; Stored: the layer's dtype. */
+/* The expert layer. Between: the type of rows between two products; Stored: the layer's dtype. Rows of tokens are read
+ * where they are or, where they are of another size than Between, copied to it. */
 inline bool gated(const fm_moe_layer& layer) { return layer.activation <= FM_CLAMPED_SWIGLU; }
 inline int64_t width_of_z(const fm_moe_layer& layer) { return gated(layer) ? 2 * layer.F : layer.F; }
 /* Columns of F in one block of the products with z, and how many such blocks. */
 inline int64_t f_columns(const fm_moe_layer& layer) { return gated(layer) ? kColumnsOfBlock / 2 : kColumnsOfBlock; }
 inline int64_t f_blocks(const fm_moe_layer& layer) { return (layer.F + f_columns(layer) - 1) / f_columns(layer); }
 
-template <class Between>
+template <class Between, class Stored>
+int64_t copied(const fm_moe_layer& l) {
+    return sizeof(Between) == sizeof(Stored) ? 0 : l.T * l.D;
+}
+
+template <class Between, class Stored>
 struct Forward {
     int32_t *token, *first_block;
-    Between *act, *y;
+    Between *x, *act, *y;
     float* threads;
     int64_t floats;
     Forward(void* memory, const fm_moe_layer& l) {
         Cutter cut{static_cast<float*>(memory)};
         token = cut.take<int32_t>(l.R), first_block = cut.take<int32_t>(l.E + 1);
+        x = cut.take<Between>(copied<Between, Stored>(l));
         act = cut.take<Between>(l.R * l.F), y = cut.take<Between>(l.R * l.D);
         threads = cut.take(l.num_threads * aligned(kThreadFloats));
         floats = cut.used;
@@ -50,7 +57,7 @@ template <class Between, class Stored>
 struct Backward {
     int32_t *token, *first_block, *touched;
     float *weight, *dot, *threads;
-    Between *dz, *act, *dx;
+    Between *x, *dy, *dz, *act, *dx;
     Stored* z; /* computed again with FM_SAVE_X */
     int64_t floats;
     Backward(void* memory, const fm_moe_layer& l) {
@@ -58,6 +65,7 @@ struct Backward {
         const int64_t Z = width_of_z(l);
         token = cut.take<int32_t>(l.R), first_block = cut.take<int32_t>(l.E + 1), touched = cut.take<int32_t>(l.E);
         weight = cut.take(l.R), dot = cut.take(l.R * f_blocks(l));
+        x = cut.take<Between>(copied<Between, Stored>(l)), dy = cut.take<Between>(copied<Between, Stored>(l));
         dz = cut.take<Between>(l.R * Z), act = cut.take<Between>(l.R * l.F), dx = cut.take<Between>(l.R * l.D);
         z = cut.take<Stored>(l.save == FM_SAVE_X ? l.R * Z : 0);
         threads = cut.take(l.num_threads * aligned(kThreadFloats));
