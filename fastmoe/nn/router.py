@@ -66,6 +66,7 @@ class Router(nn.Module):
     takes_capacity = True  # False: experts choose, the layer can not bound them
     renormalize_kept = False  # the layer divides a token's weights by their sum over the slots within capacity
     causal = True  # False: a token's experts depend on tokens after it
+    resizable = False  # True: another number of experts changes no more than the rows of its weights and biases
 
     def __init__(
         self,
@@ -206,6 +207,8 @@ class TopKRouter(Router):
     Wang et al., arXiv 2408.15664); center_bias: and takes the mean of the moves off. Weights have no bias.
     """
 
+    resizable = True
+
     def __init__(
         self,
         d_model: int,
@@ -264,6 +267,7 @@ class NoisyTopKRouter(Router):
     Losses "importance" and "load" (the latter in training only). Source: Shazeer et al., arXiv 1701.06538.
     """
 
+    resizable = True
     loss_weights = {"importance": 0.1, "load": 0.1}
     noise_floor = 1e-2
 
@@ -289,6 +293,7 @@ class SwitchRouter(Router):
     Source: Fedus et al., arXiv 2101.03961.
     """
 
+    resizable = True
     own_top_k, fixed_top_k = 1, True
     capacity_factors = (1.25, 2.0)
     loss_weights = {"balance": 0.01}
@@ -318,6 +323,7 @@ class GShardRouter(Router):
     z loss.
     """
 
+    resizable = True
     fixed_top_k = True
     capacity_factors = (1.25, 2.0)
     loss_weights = {"balance": 0.01}
@@ -391,6 +397,7 @@ class SwipeRouter(Router):
     PPoPP 2022).
     """
 
+    resizable = True
     loss_weights = {}
 
     def route(self, x_TD, inputs):
@@ -416,6 +423,7 @@ class BaseRouter(Router):
     arXiv 2103.16716).
     """
 
+    resizable = True
     own_top_k, fixed_top_k = 1, True
     loss_weights = {}
 
@@ -499,6 +507,7 @@ class DomainRouter(Router):
     Source: DEMix layers (Gururangan et al., arXiv 2108.05036).
     """
 
+    resizable = True
     own_top_k, fixed_top_k = 1, True
     loss_weights = {}
 
@@ -520,6 +529,7 @@ class ExpertChoiceRouter(Router):
     arXiv 2202.09368.
     """
 
+    resizable = True
     loss_weights = {}
     takes_capacity = False
 
@@ -549,6 +559,7 @@ class TokenRoundingRouter(Router):
     (Guo et al., arXiv 2512.14080).
     """
 
+    resizable = True
     takes_capacity = False
 
     def __init__(self, *args, tile: int = 128, rounding: str = "nearest", **options):
@@ -577,6 +588,7 @@ class CosineRouter(Router):
     arXiv 2206.03382), after Chi et al., arXiv 2204.09179.
     """
 
+    resizable = True
     loss_weights = {"balance": 0.01}
 
     def __init__(self, *args, projection: int = 256, noise: float = 0.0, cv: bool = False, **options):
