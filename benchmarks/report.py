@@ -1,4 +1,7 @@
-"""Renders benchmarks/results/*/*.json as RESULTS.md, with plots: python -m benchmarks.report [RESULTS_DIR] [OUT]"""
+"""Renders benchmarks/results/*/*.json as RESULTS.md, with plots: python -m benchmarks.report [RESULTS_DIR] [OUT]
+
+Comparisons of whole trainings (`fastmoe bench routers`) lie in <machine>/training: NAME.json, NAME.md and NAME.svg.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,10 @@ the ratio of that, elsewhere of the time, to the sweep's first point.
 """
 
 
-def render(results: Path, plots: dict[tuple[str, str], list[str]]) -> str:
-    """The markdown text for every machine and family under `results`. plots: (machine, family) to links of pictures."""
+def render(results: Path, plots: dict[tuple[str, str], list[str]], beside: Path) -> str:
+    """The markdown text for every machine and family under `results`. plots: (machine, family) to links of pictures;
+    links are relative to `beside`.
+    """
     records = [json.loads(path.read_text()) for path in sorted(results.glob("*/*.json"))]
     lines = [INTRO]
     if not any(record["machine"]["device"] != "cpu" for record in records):
@@ -38,7 +43,23 @@ def render(results: Path, plots: dict[tuple[str, str], list[str]]) -> str:
                 lines += family_lines(record)
                 for link in plots.get((name, record["family"]), []):
                     lines.append(f"![{Path(link).stem} on {name}]({link})\n")
+        for path in sorted(results.glob("*/training/*.json")):
+            if path.parts[-3] == name:
+                lines += training_lines(path, os.path.relpath(path.with_suffix(".svg"), beside))
     return "\n".join(lines)
+
+
+def training_lines(path: Path, picture: str) -> list[str]:
+    """A comparison of trainings: what was trained, its table and its picture."""
+    record = json.loads(path.read_text())
+    seeds = f"seeds 0 to {record['seeds'] - 1}"
+    return [
+        f"### {path.stem}\n",
+        f"{record['date']}, fastmoe {record['version']}: recipe {record['recipe']}, {record['steps']} steps of "
+        f"{record['tokens'] // record['steps']:,} tokens, {seeds}; {record['jobs']} runs at a time shared the cores.\n",
+        path.with_suffix(".md").read_text(),
+        f"![{path.stem}]({picture})\n",
+    ]
 
 
 def family_lines(record: dict) -> list[str]:
@@ -171,7 +192,8 @@ def draw(results: Path, beside: Path) -> dict[tuple[str, str], list[str]]:
 def main(argv: list[str]) -> None:
     results = Path(argv[0]) if argv else ROOT / "benchmarks" / "results"
     out = Path(argv[1]) if argv[1:] else ROOT / "RESULTS.md"
-    out.write_text(render(results, draw(results, out.resolve().parent)))
+    beside = out.resolve().parent
+    out.write_text(render(results, draw(results, beside), beside))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import html
 import io
 import json
@@ -17,6 +18,7 @@ from pathlib import Path
 from fastmoe.config import Config
 from fastmoe.nn.router import ROUTERS, own_top_k
 from fastmoe.trainer import metrics
+from fastmoe.version import __version__
 
 # name: settings of the model, beside those that keep the FLOPs equal
 VARIANTS: dict[str, dict[str, object]] = {
@@ -86,6 +88,8 @@ def compare(
             process.terminate()
     rows = [_row(base, out, name, seeds) for name in names]
     about = {
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "version": __version__,
         "recipe": recipe,
         "steps": base.train.steps,
         "tokens": base.train.steps * base.train.batch_size * base.train.seq_len,
@@ -132,7 +136,9 @@ def _summary(base: Config, out: Path, name: str, seed: int) -> dict | None:
 
 
 def _row(base: Config, out: Path, name: str, seeds: int) -> dict:
-    """What a variant did, over its seeds; load and drops over the last half of training."""
+    """What a variant did, over its seeds; load and drops over the last half of training, the time of a step the median
+    of the fastest seed.
+    """
     heldout, peak, cv, dropped, milliseconds, parameters = [], [], [], [], [], 0
     for seed in range(seeds):
         folder = _folder(out, name, seed)
@@ -152,7 +158,7 @@ def _row(base: Config, out: Path, name: str, seeds: int) -> dict:
         "max_over_mean": statistics.mean(peak),
         "load_cv": statistics.mean(cv),
         "drop_rate": statistics.mean(dropped),
-        "step_ms": statistics.median(milliseconds),
+        "step_ms": min(milliseconds),
         "parameters": parameters,
         "note": NOTES.get(settings(name, base)["router"], ""),
     }

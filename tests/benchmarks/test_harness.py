@@ -181,13 +181,29 @@ def test_results_are_written_rendered_and_drawn(tmp_path):
     report.main([str(tmp_path), str(tmp_path / "OUT.md")])
     assert drawn == {path.name: path.read_bytes() for path in (tmp_path / "a-machine" / "plots").iterdir()}
     recorded(tmp_path, "metadata", [], device="a GPU")
-    assert report.NO_GPU not in report.render(tmp_path, {})
+    assert report.NO_GPU not in report.render(tmp_path, {}, tmp_path)
+
+
+def test_a_comparison_of_trainings_is_rendered_with_its_table_and_picture(tmp_path):
+    arm = {"ms": 3.0, "ms_min": 2.0, "ms_max": 4.0, "samples": 9, "rate": 12.34, "of_roof": 0.5, "peak_mib": 7.0}
+    arms = {"fastmoe": {"error": 1e-7, **arm, "fastmoe_is": 1.0}}
+    recorded(tmp_path, "gemm", [{"case": "linear", "unit": "GFLOP/s", "roof": "mm", "arms": arms, "left_out": {}}])
+    folder = tmp_path / "a-machine" / "training"
+    folder.mkdir()
+    about = {"date": "2026-01-02", "version": "1", "recipe": "tiny", "steps": 5, "tokens": 50, "seeds": 3, "jobs": 2}
+    (folder / "routers.json").write_text(json.dumps(about))
+    (folder / "routers.md").write_text("| router |\n|---|\n| topk |\n")
+    (folder / "routers.svg").write_text("<svg/>")
+    report.main([str(tmp_path), str(tmp_path / "OUT.md")])
+    text = (tmp_path / "OUT.md").read_text()
+    assert "### routers\n" in text and "| topk |" in text and "](a-machine/training/routers.svg)" in text
+    assert "recipe tiny, 5 steps of 10 tokens, seeds 0 to 2" in text
 
 
 def test_the_recorded_results_can_be_rendered():
     results = machine.ROOT / "benchmarks" / "results"
     records = [json.loads(path.read_text()) for path in results.glob("*/*.json")]
-    text = report.render(results, {})
+    text = report.render(results, {}, machine.ROOT)
     for record in records:
         for made in record["cases"]:
             assert (made["case"] if made["arms"] else made["case"].split(":")[0]) in text
