@@ -8,6 +8,7 @@ import html
 import io
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -66,6 +67,7 @@ def compare(
         raise ValueError(f"fastmoe.bench: --seeds and --jobs must be at least 1, got {seeds} and {jobs}")
     waiting = [(name, seed) for seed in range(seeds) for name in names]
     running: list[tuple[subprocess.Popen, str, int, float]] = []
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs end with this process
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -80,12 +82,13 @@ def compare(
                 process, name, seed, start = run
                 found = _summary(base, out, name, seed)
                 if process.returncode or found is None:
-                    log = (_folder(out, name, seed).with_suffix(".log")).read_text().strip().splitlines()
+                    log = _log(out, name, seed).read_text().strip().splitlines()
                     raise RuntimeError(f"fastmoe.bench: {name}, seed {seed} failed: {log[-1] if log else ''}")
                 print(f"{name}, seed {seed}: {found['heldout']:.3f} ({time.perf_counter() - start:.0f} s)", flush=True)
     finally:
         for process, *_ in running:
             process.terminate()
+        signal.signal(signal.SIGTERM, before)
     rows = [_row(base, out, name, seeds) for name in names]
     about = {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
@@ -106,6 +109,11 @@ def _folder(out: Path, name: str, seed: int) -> Path:
     return out / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
 
 
+def _log(out: Path, name: str, seed: int) -> Path:
+    folder = _folder(out, name, seed)
+    return folder.with_name(f"{folder.name}.log")
+
+
 def _start(
     base: Config, recipe: str, name: str, seed: int, out: Path, jobs: int, options: Sequence[str]
 ) -> subprocess.Popen:
@@ -122,7 +130,7 @@ def _start(
     for key, value in given.items():
         words += [f"--{key.replace('_', '-')}", str(value)]
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    with open(folder.with_suffix(".log"), "w") as log:
+    with open(_log(out, name, seed), "w") as log:
         return subprocess.Popen(
             words, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, start_new_session=True
         )

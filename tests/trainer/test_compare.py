@@ -1,6 +1,9 @@
 """`fastmoe bench routers`: what is compared, and what is written about it."""
 
 import json
+import subprocess
+import sys
+import time
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -39,6 +42,35 @@ def test_trains_tabulates_and_does_not_repeat(tmp_path, corpus, capsys):
     assert len(picture.findall(".//{*}circle")) == 4
     assert main(words) == 0
     assert "seed" not in capsys.readouterr().out, "done runs are not repeated"
+
+
+def test_its_runs_end_with_it(tmp_path, corpus):
+    """Started as a user does, and killed as a batch system does."""
+    words = [
+        "bench",
+        "routers",
+        "--routers",
+        "topk, capacity 1.25",
+        "--seeds",
+        "1",
+        "--out",
+        str(tmp_path),
+        "--options",
+    ]
+    words += ["--data.path", str(corpus), *SMALL.replace("steps 2", "steps 100000").split()]
+    bench = subprocess.Popen([sys.executable, "-m", "fastmoe", *words], stdout=subprocess.DEVNULL)
+    log = tmp_path / "topk-capacity-1.25-0.log"
+    wait_for(lambda: log.exists() and "step: 10 " in log.read_text())
+    bench.terminate()
+    assert bench.wait(30) == 143
+    wait_for(lambda: "stopped by SIGTERM" in log.read_text())
+
+
+def wait_for(what):
+    end = time.monotonic() + 60
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_names_a_variant_it_does_not_know_and_a_run_that_failed(tmp_path, corpus, capsys):
