@@ -73,7 +73,17 @@ def describe(device: str = "cpu", isa: str | None = None) -> dict[str, object]:
     }
 
 
-PACKAGES = ("transformers", "triton", "scattermoe", "liger-kernel", "sonic-moe", "quack-kernels")
+PACKAGES = (
+    "transformers",
+    "triton",
+    "scattermoe",
+    "liger-kernel",
+    "sonic-moe",
+    "quack-kernels",
+    "bitsandbytes",
+    "torchao",
+    "deepspeed",
+)
 
 
 def _version(package: str) -> str | None:

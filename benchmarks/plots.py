@@ -108,3 +108,22 @@ def _sweep(record: dict, sweep: str):
     axes.set_title(f"{sweep}, {record['machine']['name']}", loc="left")
     axes.legend(loc="upper left", bbox_to_anchor=(0, -0.18), ncols=2)
     return figure
+
+
+def curves(arms: dict[str, list[tuple[int, list[float]]]], path: Path, first_step: int) -> Path:
+    """Held-out loss over training steps from first_step on: a line at the mean of an arm's seeds in a band from the
+    least to the largest. arms: name -> (step, a value a seed) in order.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, axes = pyplot.subplots(figsize=(7, 4))
+        for i, (name, points) in enumerate(arms.items()):
+            late = [(step, values) for step, values in points if step >= first_step]
+            steps, color = [step for step, _ in late], COLORS[i % len(COLORS)]
+            axes.plot(steps, [sum(v) / len(v) for _, v in late], color=color, label=name, linewidth=1.2)
+            axes.fill_between(
+                steps, [min(v) for _, v in late], [max(v) for _, v in late], color=color, alpha=0.15, linewidth=0
+            )
+        axes.set_xlabel("step")
+        axes.set_ylabel("held-out bits/byte")
+        axes.legend(loc="upper left", bbox_to_anchor=(0, -0.14), ncols=2)
+        return _save(figure, path)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+_UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -39,10 +41,13 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
+    name: str = "adamw"  # or "adafactor": second moments of matrices as a row and a column, no first moments
     lr: float = 3e-3
-    beta1: float = 0.9
+    beta1: float = 0.9  # betas and eps are adamw's
     beta2: float = 0.95
     eps: float = 1e-8
+    state_dtype: str = "fp32"  # of adamw's moments of matrices: "fp32", "bf16", "fp16" or "int8" in 8 bits
+    master: str | None = None  # of bf16 weights: None rounds by chance, "residual8" keeps a third byte, "fp32" a copy
     weight_decay: float = 0.1  # on matrices only
     clip_norm: float = 1.0  # 0: no clipping
     warmup_steps: int = 20
@@ -55,7 +60,8 @@ class TrainConfig:
     batch_size: int = 16  # sequences per optimizer step, over all accumulation steps
     seq_len: int = 256
     grad_accumulation: int = 1
-    dtype: str = "fp32"  # or "bf16": compute in bfloat16, weights and moments in float32
+    dtype: str = "fp32"  # of computing: "fp32", "bf16", or "fp16" with a scaled loss
+    param_dtype: str = "fp32"  # of the weights themselves; or "bf16", which needs dtype bf16
     activation_checkpointing: bool = False
     seed: int = 0
     device: str = "auto"  # cuda where there is one, else cpu
@@ -94,6 +100,20 @@ class RoutingConfig:
 
 
 @dataclass(frozen=True)
+class MemoryConfig:
+    """Budgets for weights, gradients and optimizer states, as 20GiB; what does not fit one goes to the slower ones."""
+
+    device: str | None = None
+    host: str | None = None
+    disk: str | None = None
+    dir: str | None = None  # folder for the files; None: offload in run.dir. What an earlier run left there is removed
+
+    def budgets(self) -> dict[str, int]:
+        given = {"device": self.device, "host": self.host, "disk": self.disk}
+        return {tier: int(parse_bytes(size)) for tier, size in given.items() if size is not None}
+
+
+@dataclass(frozen=True)
 class RunConfig:
     dir: str = "runs/tiny"  # metrics, checkpoints and the report go here
     resume: bool = False  # go on from the newest intact checkpoint in dir; with none there, start at step 0
@@ -109,6 +129,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     routing: RoutingConfig = field(default_factory=RoutingConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
 
@@ -136,6 +157,7 @@ def check(config: Config) -> None:
     """ValueError where a value outside the model is out of range (the model checks its own sizes)."""
     train, optim, eval_, checkpoint = config.train, config.optim, config.eval, config.checkpoint
     record, replay = (path and Path(path).resolve() for path in (config.routing.record, config.routing.replay))
+    memory = config.memory.budgets()
     rules = [
         ("train.steps", train.steps, "at least 1", train.steps >= 1),
         ("train.batch-size", train.batch_size, "at least 1", train.batch_size >= 1),
@@ -151,7 +173,26 @@ def check(config: Config) -> None:
             f"in 1..{config.model.max_seq_len} (--model.max-seq-len)",
             1 <= train.seq_len <= config.model.max_seq_len,
         ),
-        ("train.dtype", train.dtype, "fp32 or bf16", train.dtype in ("fp32", "bf16")),
+        ("train.dtype", train.dtype, "fp32, bf16 or fp16", train.dtype in ("fp32", "bf16", "fp16")),
+        (
+            "train.param-dtype",
+            train.param_dtype,
+            "fp32, or bf16 with --train.dtype bf16",
+            train.param_dtype == "fp32" or train.param_dtype == train.dtype == "bf16",
+        ),
+        ("optim.name", optim.name, "adamw or adafactor", optim.name in ("adamw", "adafactor")),
+        (
+            "optim.state-dtype",
+            optim.state_dtype,
+            "fp32, bf16, fp16 or int8" if optim.name == "adamw" else f"fp32 for {optim.name}",
+            optim.state_dtype in (("fp32", "bf16", "fp16", "int8") if optim.name == "adamw" else ("fp32",)),
+        ),
+        (
+            "optim.master",
+            optim.master,
+            "None, or residual8 or fp32 with --train.param-dtype bf16",
+            optim.master is None or (optim.master in ("residual8", "fp32") and train.param_dtype == "bf16"),
+        ),
         ("optim.lr", optim.lr, "positive", optim.lr > 0),
         ("optim.clip-norm", optim.clip_norm, "0 (off) or positive", optim.clip_norm >= 0),
         ("optim.warmup-steps", optim.warmup_steps, "at least 0", optim.warmup_steps >= 0),
@@ -160,8 +201,25 @@ def check(config: Config) -> None:
         ("checkpoint.every", checkpoint.every, "at least 0", checkpoint.every >= 0),
         ("checkpoint.keep", checkpoint.keep, "at least 1", checkpoint.keep >= 1),
         ("log.every", config.log.every, "at least 1", config.log.every >= 1),
+        (
+            "train.activation-checkpointing",
+            train.activation_checkpointing,
+            "on with --memory budgets (and --train.compile off)",
+            not memory or (train.activation_checkpointing and not train.compile),
+        ),
+        ("train.dtype", train.dtype, "fp32 or bf16 with --memory budgets", not memory or train.dtype != "fp16"),
         ("routing.record", record, "another file than --routing.replay", not record or record != replay),
     ]
     for name, value, wanted, good in rules:
         if not good:
             raise ValueError(f"fastmoe.train: --{name} must be {wanted}, got {value}")
+
+
+def parse_bytes(text: str) -> float:
+    """Reads 32GB as 32e9, 24GiB as 24 * 2**30, 1000 as 1000. ValueError for anything else."""
+    number = text.strip().rstrip("BbGgIiKkMmTt")
+    unit = text.strip()[len(number) :].strip().upper() or "B"
+    try:
+        return float(number) * _UNITS[unit]
+    except (ValueError, KeyError):
+        raise ValueError(f"fastmoe.config: memory must be like 32GB or 24GiB, got {text!r}") from None

@@ -9,7 +9,10 @@ import mmap
 import os
 import threading
 import weakref
+from array import array
 from collections import deque
+from collections.abc import Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch  # first: the extension then shares torch's OpenMP runtime
@@ -51,22 +54,42 @@ def ptr(tensor: torch.Tensor | None) -> int:
     """The address of a dense CPU tensor; 0 for None. Refuses what would silently give a wrong address."""
     if tensor is None:
         return 0
-    if type(tensor) not in _PLAIN:
+    address = strided_ptr(tensor)
+    if not tensor.is_contiguous():
+        raise ValueError(f"fastmoe.native: a contiguous CPU tensor is wanted, got strides {tensor.stride()}")
+    return address
+
+
+def strided_ptr(tensor: torch.Tensor) -> int:
+    """The address of the first element of a CPU tensor of any strides."""
+    if type(tensor) not in PLAIN:
         raise TypeError(
             f"fastmoe.native: a plain torch.Tensor is wanted, got {type(tensor).__name__} (DTensor: to_local() first)"
         )
-    if not tensor.is_cpu or not tensor.is_contiguous():
-        raise ValueError(
-            f"fastmoe.native: a contiguous CPU tensor is wanted, got strides {tensor.stride()} on {tensor.device}"
-        )
+    if not tensor.is_cpu:
+        raise ValueError(f"fastmoe.native: a CPU tensor is wanted, got one on {tensor.device}")
     address = tensor.data_ptr()
     if address == 0 and tensor.numel():
         raise ValueError("fastmoe.native: the tensor has no memory (fake or freed storage)")
     return address
 
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+PLAIN = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
+_is_cpu = attrgetter("is_cpu")
+
+
+def ptrs(tensors: Sequence[torch.Tensor]) -> array:
+    """The addresses of dense CPU tensors, with the checks of `ptr`."""
+    plain = set(map(type, tensors)) <= PLAIN
+    if plain and all(map(_is_cpu, tensors)) and all(map(torch.Tensor.is_contiguous, tensors)):
+        addresses = array("Q", map(torch.Tensor.data_ptr, tensors))
+        if all(addresses):
+            return addresses
+    return array("Q", map(ptr, tensors))
+
+
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+MASTERS = {torch.float32: 1, torch.int8: 2}  # fm_master of fastmoe/common.h
 
 
 def dtype_code(tensor: torch.Tensor) -> int:
@@ -198,7 +221,7 @@ def huge_pages(tensor: torch.Tensor) -> torch.Tensor:
     Pages that were touched before stay as they are. Weights that are read once a step are read a fifth faster so.
     """
     size = tensor.numel() * tensor.element_size()
-    if size >= _POOLED and type(tensor) in _PLAIN and tensor.is_cpu and hasattr(mmap, "MADV_HUGEPAGE"):
+    if size >= _POOLED and type(tensor) in PLAIN and tensor.is_cpu and hasattr(mmap, "MADV_HUGEPAGE"):
         first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
         last = (tensor.data_ptr() + size) // mmap.PAGESIZE * mmap.PAGESIZE
         madvise = ctypes.CDLL(None).madvise

@@ -1,12 +1,15 @@
 /* The public C functions: each picks its instruction set once, by cpuid. Compiled for the baseline. */
+#include "fastmoe/adafactor.h"
 #include "fastmoe/adamw.h"
 #include "fastmoe/assignment.h"
+#include "fastmoe/attention.h"
 #include "fastmoe/experts.h"
 #include "fastmoe/gating.h"
 #include "fastmoe/gemm.h"
 #include "fastmoe/loss.h"
 #include "fastmoe/norm.h"
 #include "fastmoe/permutation.h"
+#include "fastmoe/quantize.h"
 #include "fastmoe/random.h"
 #include <string.h>
 
@@ -45,9 +48,14 @@ fm_status fm_limit_isa(const char* name) {
         return kernels[level](a);                                                                                      \
     }
 
+FM_DISPATCH(fm_adafactor_step_cpu)
 FM_DISPATCH(fm_adamw_step_cpu)
 FM_DISPATCH(fm_balanced_assignment_cpu)
 FM_DISPATCH(fm_swipe_cpu)
+FM_DISPATCH(fm_attention_cpu)
+FM_DISPATCH(fm_attention_backward_cpu)
+FM_DISPATCH(fm_rope_cpu)
+FM_DISPATCH(fm_rope_backward_cpu)
 FM_DISPATCH(fm_moe_mlp_cpu)
 FM_DISPATCH(fm_moe_mlp_backward_cpu)
 FM_DISPATCH(fm_topk_gate_cpu)
@@ -62,6 +70,8 @@ FM_DISPATCH(fm_build_routing_from_experts_cpu)
 FM_DISPATCH(fm_permute_cpu)
 FM_DISPATCH(fm_unpermute_cpu)
 FM_DISPATCH(fm_unpermute_backward_cpu)
+FM_DISPATCH(fm_quantize_cpu)
+FM_DISPATCH(fm_dequantize_cpu)
 FM_DISPATCH(fm_random_uniform_cpu)
 
 int64_t fm_build_routing_workspace(int64_t, int64_t, int64_t E) { return 32 * (E + 16); }
@@ -74,6 +84,17 @@ int64_t with_types(fm_dtype dtype, F f) {
     return dtype == FM_BF16 && level == 3 ? f(uint16_t(), uint16_t()) : f(float(), uint16_t());
 }
 }  // namespace
+int64_t fm_adafactor_step_workspace(int64_t count, const int64_t* shapes, int num_threads) {
+    return fm_workspace::AdafactorList(nullptr, count, shapes, num_threads).floats * int64_t(sizeof(float));
+}
+int64_t fm_attention_workspace(const fm_attention* l) {
+    const int K = l->dtype == FM_BF16 && level == 3 ? 2 : 1;
+    return fm_workspace::AttentionForward(nullptr, *l, K).floats * int64_t(sizeof(float));
+}
+int64_t fm_attention_backward_workspace(const fm_attention* l) {
+    const int K = l->dtype == FM_BF16 && level == 3 ? 2 : 1;
+    return fm_workspace::AttentionBackward(nullptr, *l, K).floats * int64_t(sizeof(float));
+}
 int64_t fm_balanced_assignment_workspace(int64_t T, int64_t E) {
     return fm_workspace::Auction(nullptr, T, E).floats * int64_t(sizeof(float));
 }

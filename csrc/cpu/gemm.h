@@ -125,7 +125,7 @@ struct Lines {
 template <int P, class L, class S>
 void pack_lines(float* out, const Lines<S>& from, int64_t line0, int64_t lines, int64_t k0, int64_t k1) {
     const int64_t kc = k1 - k0, lanes = (kc + L::K - 1) / L::K;
-    static const S zeros[KC * L::K] = {};
+    static const S zeros[(KC > fm_workspace::kHead ? KC : fm_workspace::kHead) * L::K] = {};
     for (int64_t l = 0; l < lines; l += P, out += P * lanes) {
         const S* src[(P + 3) / 4 * 4];
         for (int j = 0; j < (P + 3) / 4 * 4; ++j)
@@ -186,6 +186,19 @@ struct InPlace {
     const char* row[ROWS];
     const char* at(int64_t k, int i) const { return row[i] + k * int64_t(sizeof(float)); }
 };
+/* Rows `stride` bytes apart. */
+template <int ROWS>
+InPlace<ROWS> in_place(const void* rows, int64_t stride) {
+    InPlace<ROWS> panel;
+    for (int i = 0; i < ROWS; ++i) panel.row[i] = static_cast<const char*>(rows) + i * stride;
+    return panel;
+}
+/* Rows that are neighbours in memory, the lanes of k `stride` floats apart. */
+struct Transposed {
+    const float* a;
+    int64_t stride;
+    const float* at(int64_t k, int i) const { return a + k * stride + i; }
+};
 
 template <class L>
 inline vf multiply_add(vf sum, const void* a, vf b) {
@@ -199,10 +212,10 @@ inline vf multiply_add(vf sum, const void* a, vf b) {
         return sum + splat(load_bits<float>(a)) * b;
 }
 
-/* ROWS x V vectors of C from a panel of A and as many columns of B, `stride` apart from one lane of k to the next. Each
- * block of k sums from zero, so that the error grows with K / KC. */
-template <class L, int ROWS, int V = 2, class A, class B>
-void micro_kernel(int64_t lanes, const A a, const B* b, int64_t stride, float* c, bool add) {
+/* take(i, j, sum) gets vector j of row i of ROWS x V vectors of C, from a panel of A and as many columns of B, `stride`
+ * apart from one lane of k to the next. */
+template <class L, int ROWS, int V, class A, class B, class Take>
+inline void tile(int64_t lanes, const A a, const B* b, int64_t stride, Take take) {
     vf acc[ROWS][V];
     for (int i = 0; i < ROWS; ++i)
         for (int j = 0; j < V; ++j) acc[i][j] = splat(0);
@@ -216,7 +229,16 @@ void micro_kernel(int64_t lanes, const A a, const B* b, int64_t stride, float* c
             for (int j = 0; j < V; ++j) acc[i][j] = multiply_add<L>(acc[i][j], a.at(k, i), columns[j]);
     }
     for (int i = 0; i < ROWS; ++i)
-        for (int j = 0; j < V; ++j) store(c + i * NC + j * W, add ? load(c + i * NC + j * W) + acc[i][j] : acc[i][j]);
+        for (int j = 0; j < V; ++j) take(i, j, acc[i][j]);
+}
+
+/* A tile to its place in a block. Each block of k sums from zero, so that the error grows with K / KC. */
+template <class L, int ROWS, int V = 2, class A, class B>
+void micro_kernel(int64_t lanes, const A a, const B* b, int64_t stride, float* c, bool add) {
+    tile<L, ROWS, V>(lanes, a, b, stride, [&](int i, int j, vf sum) {
+        float* to = c + i * NC + j * W;
+        store(to, add ? load(to) + sum : sum);
+    });
 }
 
 /* The vectors of C beside each other that the registers hold for so few rows: the wider, the longer the pieces in which

@@ -52,7 +52,16 @@ inline vf splat(float x) { return x - vf{}; }
 inline vf load(const float* p) { return load_bits<vf>(p); }
 inline void store(float* p, vf v) { memcpy(p, &v, sizeof(v)); }
 
-inline vf load(const bf16* p) { return bit_cast<vf>(__builtin_convertvector(load_bits<vh>(p), vu) << 16); }
+inline vu widen(vh v) { /* GCC 12 makes five instructions of the conversion */
+#if defined(__AVX512F__)
+    return bit_cast<vu>(_mm512_cvtepu16_epi32(bit_cast<__m256i>(v)));
+#elif defined(__AVX2__) && FM_VECTOR_BYTES == 32
+    return bit_cast<vu>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(v)));
+#else
+    return __builtin_convertvector(v, vu);
+#endif
+}
+inline vf load(const bf16* p) { return bit_cast<vf>(widen(load_bits<vh>(p)) << 16); }
 inline void store(bf16* p, vf v) {
     vu u = bit_cast<vu>(v);
     vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
@@ -111,6 +120,22 @@ inline vf load_part(const float* p, int n, float fill = 0) {
 }
 inline void store_part(float* p, vf v, int n) {
     _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), bit_cast<__m512>(v));
+}
+#endif
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+template <class S>
+inline vf load_half_part(const S* p, int n, float fill) {
+    S padded[W];
+    const __mmask16 lanes = __mmask16((1u << n) - 1);
+    const __m256i bits = _mm256_maskz_loadu_epi16(lanes, p);
+    memcpy(padded, &bits, sizeof(bits));
+    return bit_cast<vf>(_mm512_mask_mov_ps(_mm512_set1_ps(fill), lanes, bit_cast<__m512>(load(padded))));
+}
+inline vf load_part(const bf16* p, int n, float fill = 0) { return load_half_part(p, n, fill); }
+inline vf load_part(const f16* p, int n, float fill = 0) { return load_half_part(p, n, fill); }
+inline void store_part(f16* p, vf v, int n) {
+    _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1),
+                             _mm512_cvtps_ph(bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
 }
 #endif
 
@@ -252,6 +277,20 @@ inline vf exp(vf x) {
     vf y = bit_cast<vf>(bit_cast<vu>(p) + k);
     y = select(x > splat(88.722835f), splat(__builtin_inff()), y);
     return select(x < splat(-87.33654f), splat(0.f), select(x != x, x, y));
+}
+/* 2^x for x below 127, 1 ulp; 0 below -126, so for -inf; NaN without a payload stays. The fit is Cephes' exp2f. */
+inline vf exp2(vf x) {
+    vf n = x + 12582912.f;
+    const vu k = bit_cast<vu>(n) << 23;
+    const vf r = x - (n - 12582912.f);
+    vf p = splat(1.535336188319500e-4f);
+    p = p * r + 1.339887440266574e-3f;
+    p = p * r + 9.618437357674640e-3f;
+    p = p * r + 5.550332471162809e-2f;
+    p = p * r + 2.402264791363012e-1f;
+    p = p * r + 6.931472028550421e-1f;
+    p = p * r + 1.f;
+    return select(x < splat(-126.f), splat(0), bit_cast<vf>(bit_cast<vu>(p) + k));
 }
 inline vf sigmoid(vf x) { return 1.f / (1.f + exp(-x)); }
 inline vf tanh(vf x) { return 1.f - 2.f / (1.f + exp(2.f * x)); }

@@ -17,12 +17,6 @@ class KVCache:
         self.length, self.max_len = 0, shape[2]
 
 
-def rotate(x_BNSH: torch.Tensor, cos_SH: torch.Tensor, sin_SH: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding, halves paired as in Hugging Face transformers. Source: Su et al., arXiv 2104.09864."""
-    left, right = x_BNSH.chunk(2, dim=-1)
-    return x_BNSH * cos_SH + torch.cat([-right, left], dim=-1) * sin_SH
-
-
 class Attention(nn.Module):
     def __init__(
         self,
@@ -48,28 +42,18 @@ class Attention(nn.Module):
 
     def forward(self, x_BSD: torch.Tensor, cache: KVCache | None = None, layer: int = 0) -> torch.Tensor:
         B, S, D = x_BSD.shape
-        sizes = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
-        qkv = ops.linear(x_BSD, self.qkv_proj).view(B, S, -1, self.head_dim).transpose(1, 2)
-        q_BNSH, k_BNSH, v_BNSH = qkv.split(sizes, dim=1)
+        qkv_BSAH = ops.linear(x_BSD, self.qkv_proj).view(B, S, -1, self.head_dim)
         start = cache.length if cache else 0
-        cos_SH, sin_SH = self._angles(start, S, x_BSD.device, qkv.dtype)
-        q_BNSH, k_BNSH = rotate(q_BNSH, cos_SH, sin_SH), rotate(k_BNSH, cos_SH, sin_SH)
-        mask = None
+        q_BNSH, k_BNSH, v_BNSH = ops.rope(qkv_BSAH, self.num_heads, self.num_kv_heads, start, self.rope_theta)
         if cache is not None:
             cache.k[layer][:, :, start : start + S] = k_BNSH
             cache.v[layer][:, :, start : start + S] = v_BNSH
             k_BNSH, v_BNSH = cache.k[layer][:, :, : start + S], cache.v[layer][:, :, : start + S]
+        if x_BSD.is_cpu and S > 1:
+            o_BNSH = ops.attention(q_BNSH, k_BNSH, v_BNSH, causal=True)
+        else:  # the op has no kernel elsewhere yet, and packing the keys for one query costs more than reading them
             mask = torch.ones(S, start + S, dtype=torch.bool, device=x_BSD.device).tril(start) if start else None
-        o_BNSH = scaled_dot_product_attention(
-            q_BNSH, k_BNSH, v_BNSH, mask, is_causal=mask is None, enable_gqa=self.num_kv_heads != self.num_heads
-        )
+            o_BNSH = scaled_dot_product_attention(
+                q_BNSH, k_BNSH, v_BNSH, mask, is_causal=mask is None, enable_gqa=self.num_kv_heads != self.num_heads
+            )
         return ops.linear(o_BNSH.transpose(1, 2).reshape(B, S, D), self.out_proj)
-
-    def _angles(
-        self, start: int, S: int, device: torch.device, dtype: torch.dtype
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        half = torch.arange(0, self.head_dim, 2, device=device, dtype=torch.float32) / self.head_dim
-        angle_SH = torch.outer(torch.arange(start, start + S, device=device).float(), self.rope_theta**-half).repeat(
-            1, 2
-        )
-        return angle_SH.cos().to(dtype), angle_SH.sin().to(dtype)

@@ -470,7 +470,8 @@ class HashRouter(Router):
             self._fail("vocab_size", "given, the number of token ids", None)
         check.positive("HashRouter", vocab_size=vocab_size)
         draws = torch.Generator().manual_seed(seed)
-        self.register_buffer("table_VK", torch.randint(self.num_experts, (vocab_size, self.top_k), generator=draws))
+        size = (vocab_size, self.top_k)
+        self.register_buffer("table_VK", torch.randint(self.num_experts, size, generator=draws, device="cpu"))
 
     def _make_parameters(self, std):
         pass

@@ -1,7 +1,6 @@
-"""Training with states larger than memory: what lives where, file-backed tensors, an optimizer that streams them."""
+"""Training with weights and states larger than memory: what lives where, and the engine that moves it."""
 
-from fastmoe.offload.disk import TensorFile
+from fastmoe.offload.engine import Engine, Step, clear
 from fastmoe.offload.plan import Plan, plan
-from fastmoe.offload.stream import OffloadedAdamW
 
-__all__ = ["OffloadedAdamW", "Plan", "TensorFile", "plan"]
+__all__ = ["Engine", "Plan", "Step", "clear", "plan"]

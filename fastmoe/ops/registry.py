@@ -38,7 +38,10 @@ class Op:
 
     def __call__(self, *args):
         device, double = _traits(args)
-        device = device or "cpu"
+        return self.on(device or "cpu", double)(*args)
+
+    def on(self, device: str, double: bool) -> Callable:
+        """The function of the backend that a call on this device type takes."""
         key = (device, double, os.environ.get("FASTMOE_BACKEND", ""))
         if key not in self.chosen:
             backend, why = select(self, device, double)
@@ -47,7 +50,7 @@ class Op:
                 function = _on_one_thread(function)
             self.chosen[key] = function, (backend, why)
         implementation, self.ran[device] = self.chosen[key]
-        return implementation(*args)
+        return implementation
 
 
 def _on_one_thread(function: Callable) -> Callable:

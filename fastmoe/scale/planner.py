@@ -6,11 +6,9 @@ import argparse
 import math
 from dataclasses import dataclass
 
-from fastmoe.config import ModelConfig
+from fastmoe.config import ModelConfig, parse_bytes
 from fastmoe.scale import ruler
 from fastmoe.scale.presets import PRESETS, Preset, from_config, preset
-
-_UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 @dataclass(frozen=True)
@@ -148,16 +146,6 @@ def plan(
 
 def _gb(size: float) -> str:
     return f"{size / 1e9:,.2f} GB"
-
-
-def parse_bytes(text: str) -> float:
-    """Reads 32GB as 32e9, 24GiB as 24 * 2**30, 1000 as 1000. ValueError for anything else."""
-    number = text.strip().rstrip("BbGgIiKkMmTt")
-    unit = text.strip()[len(number) :].strip().upper() or "B"
-    try:
-        return float(number) * _UNITS[unit]
-    except (ValueError, KeyError):
-        raise ValueError(f"fastmoe.plan: memory must be like 32GB or 24GiB, got {text!r}") from None
 
 
 def main(argv: list[str]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from fastmoe.ops.experts import Z8_BLOCK
+from fastmoe.ops.quantize import BLOCK
 
 BUCKET_BYTES = 2 * 5e8  # gradients travel in buckets of 5e8 half-precision elements
 
@@ -48,6 +49,7 @@ class Regime:
 
 
 _MIXED = Regime(2, 2, 12)
+_SCALE = 2 / BLOCK  # bytes a parameter of one moment's bfloat16 scales
 REGIMES: dict[str, Regime] = {
     "fp32": Regime(4, 4, 8),
     "mixed": _MIXED,  # fp32 master weights and two fp32 moments
@@ -57,6 +59,10 @@ REGIMES: dict[str, Regime] = {
     "zero2": replace(_MIXED, stage=2),
     "zero3": replace(_MIXED, stage=3, working="layer", traffic=3),
     "adafactor": Regime(2, 2, 4, factored=True),
+    # bf16 weights alone, rounded by chance; states of fastmoe.optim
+    "int8": Regime(2, 2, 2 + 2 * _SCALE),
+    "int8-residual8": Regime(2, 2, 3 + 2 * _SCALE),  # and a third byte of the weights
+    "adafactor-bf16": Regime(2, 2, 0, factored=True),
     "host-states": Regime(2, 2, 0, host=12),
     "zero-offload": Regime(2, 0, 0, stage=2, host=14, working="bucket"),
     "zero-infinity": Regime(0, 0, 0, stage=3, host=20, working="layer", traffic=3),

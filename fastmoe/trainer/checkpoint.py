@@ -1,6 +1,6 @@
 """Checkpoints that are whole or absent.
 
-`<folder>/step-00000100/` holds safetensors shards of the model, the optimizer's moments and the random states,
+`<folder>/step-00000100/` holds safetensors shards of the model, the optimizer's states and the random states,
 `state.json` (what the trainer gives: step, position, config) and `manifest.json` (size and SHA-256 of every other
 file). All is written and synced in a temporary folder, then committed by one rename. Nothing is pickled.
 """
@@ -13,11 +13,14 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
+
+from fastmoe.offload import Engine
+from fastmoe.optim.states import Layout, Optimizer
 
 SHARD_BYTES = 1 << 30
 _STEP = re.compile(r"step-(\d{8,})")
@@ -29,18 +32,26 @@ class CheckpointError(RuntimeError):
 
 
 def save(
-    folder: str | Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict, keep: int
+    folder: str | Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict,
+    keep: int,
+    engine: Engine | None = None,
 ) -> Path:
     """Commits `<folder>/step-<step>` and then removes all but the `keep` newest. Returns its path.
 
     state: JSON-able; step, optimizer scalars and random states are added. A tensor that the model holds under several
-    names is written once. CheckpointError where the disk refuses (full, read-only, broken): the checkpoints already
-    there stay as they are.
+    names is written once. engine: of the model, where it has one; a unit of it is in memory at a time. CheckpointError
+    where the disk refuses (full, read-only, broken): the checkpoints already there stay as they are.
     """
     folder = Path(folder)
     final = folder / f"step-{step:08d}"
     temporary = folder / f"{_TEMPORARY}{final.name}"
-    tensors, scalars = _optimizer_state(model, optimizer)
+    scalars: dict[str, dict] = {}
+    whole = engine.walk if engine else lambda: [_in_memory(model, optimizer)]
+    groups = ("model", _weights(model, whole())), ("optimizer", _moments(whole(), scalars))
     rng = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         rng |= {f"cuda.{i}": rng_state for i, rng_state in enumerate(torch.cuda.get_rng_state_all())}
@@ -48,8 +59,8 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         files = {}
-        for prefix, group in (("model", _model_state(model)), ("optimizer", tensors), ("rng", rng)):
-            for n, shard in enumerate(_shards(group), 1):
+        for prefix, parts in (*groups, ("rng", [rng])):
+            for n, shard in enumerate((shard for part in parts for shard in _shards(part)), 1):
                 files |= _write_tensors(temporary / f"{prefix}-{n:05d}.safetensors", shard)
         files |= _write_json(temporary / "state.json", {**state, "step": step, "optimizer": scalars})
         _write_json(temporary / "manifest.json", {"format": 1, "files": files})
@@ -150,62 +161,110 @@ def read_state(path: str | Path) -> dict:
 
 
 def load_model(path: str | Path, model: nn.Module) -> None:
-    """Copies the weights of an intact checkpoint into the model. CheckpointError names a tensor that is missing, new or
-    of another shape.
+    """Copies the weights of an intact checkpoint into the model, in the model's dtypes. CheckpointError names a tensor
+    that is missing, new or of another shape.
     """
-    wanted, given = _model_state(model), _read_tensors(path, "model")
-    for name in sorted(wanted.keys() ^ given.keys()):
-        where = "the model" if name in given else "the checkpoint"
-        raise CheckpointError(
-            f"fastmoe.checkpoint: {path} and the model must hold the same tensors, {where} has no {name}"
-        )
+    given = _stored_weights(path, model)
+    with torch.no_grad():
+        for name, tensor in _model_state(model).items():
+            tensor.copy_(given[name].get_tensor(name))
+
+
+def load_training(path: str | Path, model: nn.Module, optimizer: Optimizer, engine: Engine | None = None) -> None:
+    """Restores weights, optimizer states and random states from an intact checkpoint; an engine's by units.
+
+    CheckpointError where weights or states are kept otherwise than there: another dtype or shape, another optimizer's.
+    """
+    state, tensors, weights = read_state(path), _stored(path, "optimizer"), _stored_weights(path, model)
+    groups = ((parameter, group) for group in optimizer.param_groups for parameter in group["params"])
+    places = {parameter: (index, group) for index, (parameter, group) in enumerate(groups)}
+    wanted = _model_state(model)
+
+    def weight(name: str) -> torch.Tensor:
+        stored = weights[name].get_tensor(name)
+        if stored.dtype != wanted[name].dtype:
+            raise CheckpointError(
+                f"fastmoe.checkpoint: {name} in {path} must be {wanted[name].dtype} as in the model, got {stored.dtype}"
+            )
+        return stored
+
+    def states(name: str) -> dict:
+        """Of a parameter; empty before its first update."""
+        entry = state["optimizer"].get(name)
+        if entry is None:
+            return {}
+        index, group = places[wanted[name]]
+        stored = {key: tensors[f"{name}:{key}"].get_tensor(f"{name}:{key}") for key in entry["tensors"]}
+        layout, got = optimizer.layout(wanted[name], group), {k: (tuple(t.shape), t.dtype) for k, t in stored.items()}
+        if got != layout:
+            raise CheckpointError(
+                f"fastmoe.checkpoint: the optimizer states of {name} in {path} must be {_describe(layout)}, got "
+                f"{_describe(got)}"
+            )
+        return {"index": index, **entry["scalars"], **stored}
+
     with torch.no_grad():
         for name, tensor in wanted.items():
-            if tensor.shape != given[name].shape:
-                raise CheckpointError(
-                    f"fastmoe.checkpoint: {name} in {path} must have the model's shape "
-                    f"{tuple(tensor.shape)}, got {tuple(given[name].shape)}"
-                )
-            tensor.copy_(given[name])
-
-
-def load_training(path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Restores weights, optimizer moments and random states from an intact checkpoint."""
-    load_model(path, model)
-    tensors, scalars = _read_tensors(path, "optimizer"), read_state(path)["optimizer"]
-    parameters = dict(model.named_parameters())
-    optimizer.state.clear()
-    for name, entry in scalars.items():
-        parameter = parameters[name]
-        moments = {key: tensors[f"{name}:{key}"].to(parameter.device) for key in entry["tensors"]}
-        optimizer.state[parameter] = {**entry["scalars"], **moments}
-    rng = _read_tensors(path, "rng")
+            if not (engine and isinstance(tensor, nn.Parameter)):
+                tensor.copy_(weight(name))
+    if engine:
+        engine.load(lambda name: (weight(name), states(name)), state["step"])
+    else:
+        optimizer.state.clear()
+        for name in state["optimizer"]:
+            device = wanted[name].device
+            optimizer.state[wanted[name]] = {
+                key: value.to(device) if isinstance(value, torch.Tensor) else value
+                for key, value in states(name).items()
+            }
+    rng = {name: file.get_tensor(name) for name, file in _stored(path, "rng").items()}
     torch.set_rng_state(rng["cpu"])
     if torch.cuda.is_available() and f"cuda.{torch.cuda.device_count() - 1}" in rng:
         torch.cuda.set_rng_state_all([rng[f"cuda.{i}"] for i in range(torch.cuda.device_count())])
 
 
 def _model_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers, each once."""
     state = {}
     seen = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            state[name] = tensor.detach()
+            state[name] = tensor
     return state
 
 
-def _optimizer_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[dict[str, torch.Tensor], dict[str, dict]]:
-    tensors, scalars = {}, {}
-    for name, parameter in model.named_parameters():
-        state = optimizer.state.get(parameter)
-        if state:
-            moments = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
-            tensors |= {f"{name}:{key}": value for key, value in moments.items()}
-            scalars[name] = {"tensors": list(moments), "scalars": {k: v for k, v in state.items() if k not in moments}}
-    return tensors, scalars
+def _describe(layout: Layout) -> str:
+    return ", ".join(
+        f"{key} {str(dtype).removeprefix('torch.')} {list(shape)}" for key, (shape, dtype) in layout.items()
+    )
+
+
+Whole = Iterable[dict[str, tuple[torch.Tensor, dict]]]  # by name of a parameter its weights and its optimizer state
+
+
+def _in_memory(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tuple[torch.Tensor, dict]]:
+    return {name: (param.detach(), optimizer.state.get(param, {})) for name, param in model.named_parameters()}
+
+
+def _weights(model: nn.Module, whole: Whole) -> Iterator[dict[str, torch.Tensor]]:
+    buffers = {name: t for name, t in _model_state(model).items() if not isinstance(t, nn.Parameter)}
+    for part in whole:
+        yield {**buffers, **{name: weight for name, (weight, _) in part.items()}}
+        buffers = {}
+
+
+def _moments(whole: Whole, scalars: dict[str, dict]) -> Iterator[dict[str, torch.Tensor]]:
+    """The tensors of the optimizer's states; the rest of them goes to `scalars`."""
+    for part in whole:
+        tensors = {}
+        for name, (_, state) in part.items():
+            if state.get("step"):
+                moments = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+                tensors |= {f"{name}:{key}": value for key, value in moments.items()}
+                others = {key: value for key, value in state.items() if key not in moments}
+                scalars[name] = {"tensors": list(moments), "scalars": others}
+        yield tensors
 
 
 def _shards(tensors: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
@@ -239,13 +298,29 @@ def _write(path: Path, content: bytes) -> dict[str, dict]:
     return {path.name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
 
 
-def _read_tensors(path: str | Path, prefix: str) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
+def _stored(path: str | Path, prefix: str) -> dict:
+    """By name of each tensor the open file that has it."""
+    from safetensors import safe_open
 
-    tensors = {}
-    for file in sorted(Path(path).glob(f"{prefix}-*.safetensors")):
-        tensors |= load_file(file)
-    return tensors
+    files = [safe_open(file, "pt") for file in sorted(Path(path).glob(f"{prefix}-*.safetensors"))]
+    return {name: file for file in files for name in file.keys()}  # noqa: SIM118
+
+
+def _stored_weights(path: str | Path, model: nn.Module) -> dict:
+    """As _stored; CheckpointError where the model has other tensors."""
+    wanted, given = _model_state(model), _stored(path, "model")
+    for name in sorted(wanted.keys() ^ given.keys()):
+        where = "the model" if name in given else "the checkpoint"
+        raise CheckpointError(
+            f"fastmoe.checkpoint: {path} and the model must hold the same tensors, {where} has no {name}"
+        )
+    for name, tensor in wanted.items():
+        shape = tuple(given[name].get_slice(name).get_shape())
+        if tensor.shape != shape:
+            raise CheckpointError(
+                f"fastmoe.checkpoint: {name} in {path} must have the model's shape {tuple(tensor.shape)}, got {shape}"
+            )
+    return given
 
 
 def _sha256(file) -> str:

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from fastmoe.config import Config
 from fastmoe.nn.router import ROUTERS, own_top_k
@@ -65,30 +66,17 @@ def compare(
             raise ValueError(f"fastmoe.bench: --routers must be of {', '.join(VARIANTS)}, got {name!r}")
     if seeds < 1 or jobs < 1:
         raise ValueError(f"fastmoe.bench: --seeds and --jobs must be at least 1, got {seeds} and {jobs}")
-    waiting = [(name, seed) for seed in range(seeds) for name in names]
-    running: list[tuple[subprocess.Popen, str, int, float]] = []
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs end with this process
-    try:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                name, seed = waiting.pop(0)
-                if _summary(base, out, name, seed) is None:
-                    running.append(
-                        (_start(base, recipe, name, seed, out, jobs, options), name, seed, time.perf_counter())
-                    )
-            time.sleep(0.2)
-            for run in [run for run in running if run[0].poll() is not None]:
-                running.remove(run)
-                process, name, seed, start = run
-                found = _summary(base, out, name, seed)
-                if process.returncode or found is None:
-                    log = _log(out, name, seed).read_text().strip().splitlines()
-                    raise RuntimeError(f"fastmoe.bench: {name}, seed {seed} failed: {log[-1] if log else ''}")
-                print(f"{name}, seed {seed}: {found['heldout']:.3f} ({time.perf_counter() - start:.0f} s)", flush=True)
-    finally:
-        for process, *_ in running:
-            process.terminate()
-        signal.signal(signal.SIGTERM, before)
+    runs = [
+        Run(
+            f"{name}, seed {seed}",
+            _folder(out, name, seed),
+            base.train.steps,
+            _words(base, recipe, name, seed, options),
+        )
+        for seed in range(seeds)
+        for name in names
+    ]
+    train_all(runs, jobs)
     rows = [_row(base, out, name, seeds) for name in names]
     about = {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
@@ -105,21 +93,76 @@ def compare(
     return rows
 
 
+class Run(NamedTuple):
+    """A run of `fastmoe train`. words: its recipe and options, all but the folder."""
+
+    label: str
+    folder: Path
+    steps: int
+    words: Sequence[str]
+
+
+def train_all(runs: Sequence[Run], jobs: int = 1) -> None:
+    """Trains each run that is not done, `jobs` at a time on all cores; one that was interrupted goes on.
+
+    Errors: RuntimeError with the last line of a run that failed.
+    """
+    waiting = list(runs)
+    running: list[tuple[subprocess.Popen, Run, float]] = []
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs end with this process
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                run = waiting.pop(0)
+                if summary(run.folder, run.steps) is None:
+                    running.append((_start(run, jobs), run, time.perf_counter()))
+            time.sleep(0.2)
+            for ended in [entry for entry in running if entry[0].poll() is not None]:
+                running.remove(ended)
+                process, run, start = ended
+                found = summary(run.folder, run.steps)
+                if process.returncode or found is None:
+                    log = _log(run).read_text().strip().splitlines()
+                    raise RuntimeError(f"fastmoe.bench: {run.label} failed: {log[-1] if log else ''}")
+                print(f"{run.label}: {found['heldout']:.3f} ({time.perf_counter() - start:.0f} s)", flush=True)
+    finally:
+        for process, *_ in running:
+            process.terminate()
+        signal.signal(signal.SIGTERM, before)
+
+
+def _log(run: Run) -> Path:
+    return run.folder.with_name(f"{run.folder.name}.log")
+
+
+def _start(run: Run, jobs: int) -> subprocess.Popen:
+    run.folder.parent.mkdir(parents=True, exist_ok=True)
+    words = [sys.executable, "-m", "fastmoe", "train", *run.words, "--run.dir", str(run.folder), "--run.resume"]
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    with open(_log(run), "w") as log:
+        return subprocess.Popen(
+            words, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, start_new_session=True
+        )
+
+
+def summary(folder: Path, steps: int) -> dict | None:
+    """summary.json of a run that did so many steps, None where it has not."""
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads((folder / "summary.json").read_text())
+        return found if found["step"] == steps else None
+    return None
+
+
+def as_words(settings: dict[str, object]) -> list[str]:
+    """{"train.batch_size": 8} as ["--train.batch-size", "8"]."""
+    return [word for key, value in settings.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+
+
 def _folder(out: Path, name: str, seed: int) -> Path:
     return out / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
 
 
-def _log(out: Path, name: str, seed: int) -> Path:
-    folder = _folder(out, name, seed)
-    return folder.with_name(f"{folder.name}.log")
-
-
-def _start(
-    base: Config, recipe: str, name: str, seed: int, out: Path, jobs: int, options: Sequence[str]
-) -> subprocess.Popen:
-    folder = _folder(out, name, seed)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    words = [sys.executable, "-m", "fastmoe", "train", recipe, *options, "--run.dir", str(folder), "--run.resume"]
+def _words(base: Config, recipe: str, name: str, seed: int, options: Sequence[str]) -> list[str]:
     given = {
         "train.seed": seed,
         "train.steps": base.train.steps,
@@ -127,20 +170,7 @@ def _start(
         "checkpoint.every": 0,
         **{f"model.{key}": value for key, value in settings(name, base).items()},
     }
-    for key, value in given.items():
-        words += [f"--{key.replace('_', '-')}", str(value)]
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    with open(_log(out, name, seed), "w") as log:
-        return subprocess.Popen(
-            words, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, start_new_session=True
-        )
-
-
-def _summary(base: Config, out: Path, name: str, seed: int) -> dict | None:
-    with contextlib.suppress(OSError, ValueError):
-        found = json.loads((_folder(out, name, seed) / "summary.json").read_text())
-        return found if found["step"] == base.train.steps else None
-    return None
+    return [recipe, *options, *as_words(given)]
 
 
 def _row(base: Config, out: Path, name: str, seeds: int) -> dict:
@@ -152,7 +182,7 @@ def _row(base: Config, out: Path, name: str, seeds: int) -> dict:
         folder = _folder(out, name, seed)
         records = metrics.read(folder / "metrics.jsonl")
         late = records[len(records) // 2 :]
-        heldout.append(_summary(base, out, name, seed)["heldout"])
+        heldout.append(summary(folder, base.train.steps)["heldout"])
         peak.append(statistics.mean(record["load_max_over_mean"] for record in late))
         cv.append(statistics.mean(_cv(record["load"]) for record in late))
         dropped.append(statistics.mean(record["drop_rate"] for record in late))

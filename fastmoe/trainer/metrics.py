@@ -213,7 +213,7 @@ class Metrics:
         parts = [
             f"step: {record['step']:2}",
             f"loss: {record['loss']:8.5f}",
-            f"grad_norm: {record['grad_norm']:7.4f}",
+            f"grad_norm: {_norm(record):7.4f}",
             f"memory: {memory:5.2f}GiB({100 * memory / self.memory_total:.2f}%)",
             f"tps: {round(speed['tokens_per_second']):,}",
             f"tflops: {speed['tflops']:,.2f}",
@@ -231,7 +231,7 @@ class Metrics:
             f" {record['step']}/{self.steps}",
             f"loss {record['loss']:.4f}",
             f"lr {record['lr']:.1e}",
-            f"norm {record['grad_norm']:.2f}",
+            f"norm {_norm(record):.2f}",
             f"{round(self._speed()['tokens_per_second']):,} tok/s",
             f"mfu {100 * record['perf']['mfu']:.0f}%",
             f"{record['perf']['memory_gib']:.1f}GiB",
@@ -257,6 +257,10 @@ class Metrics:
         if histograms and load_LE:
             shares = torch.tensor([[load / (sum(row) / len(row) or 1) for load in row] for row in load_LE])
             self.board.add_histogram("layers/load_over_mean", shares, record["step"])
+
+
+def _norm(record: dict) -> float:
+    return math.nan if record["grad_norm"] is None else record["grad_norm"]
 
 
 def _tensorboard(run_dir: Path, restored_step: int):

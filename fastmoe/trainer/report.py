@@ -146,7 +146,7 @@ def _page(run_dir: Path, run: dict, records: list[dict], summary: dict) -> str:
         _section("loss", f"Loss, {unit}", key, _chart("Loss", steps, loss, 1060, 300)),
         _heat_map(records, run["config"]["model"]["num_dense_layers"]),
         chart("learning-rate", "Learning rate", "", [record["lr"] for record in few]),
-        chart("grad-norm", "Gradient norm", "before clipping", [record["grad_norm"] for record in few]),
+        chart("grad-norm", "Gradient norm", "before clipping", [record.get("grad_norm") for record in few]),
         chart("throughput", "Tokens per second", "", [record["perf"]["tokens_per_second"] for record in few]),
         chart("memory", "Peak memory", "GiB", [record["perf"]["memory_gib"] for record in few]),
         chart(
@@ -294,7 +294,7 @@ def _svg(width: float, height: float, title: str, plot: dict, body: str) -> str:
 def _chart(title: str, steps: Sequence[int], series: list[tuple[str, str, list]], width: int, height: int) -> str:
     """series: (name, css classes starting with line or dots, a value or None for each step)."""
     left, right, top, bottom = 52, width - 8, 8, height - 24
-    known = [y for _, _, values in series for y in values if y is not None]
+    known = [y for _, _, values in series for y in values if y is not None] or [0.0]
     low, high, ticks = _axis(min(known), max(known))
     first, last = steps[0], steps[-1]
 
@@ -417,11 +417,8 @@ def _mean(chunk: list[dict]) -> dict:
     """Means of the numbers, at the last step of the chunk."""
 
     def mean(values: list[dict]) -> dict:
-        return {
-            key: sum(value[key] for value in values) / len(values)
-            for key, x in values[0].items()
-            if isinstance(x, int | float)
-        }
+        known = {key: [v[key] for v in values if isinstance(v.get(key), int | float)] for key in values[0]}
+        return {key: sum(numbers) / len(numbers) for key, numbers in known.items() if numbers}
 
     return {
         **mean([{**record, "heldout": 0} for record in chunk]),

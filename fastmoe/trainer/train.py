@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 
 from fastmoe import config as configs
-from fastmoe import native
+from fastmoe import native, offload
 from fastmoe.config import Config
 from fastmoe.nn import RouterInputs, Transformer
 from fastmoe.nn.router import HashRouter
-from fastmoe.optim import AdamW
+from fastmoe.optim import Adafactor, AdamW, LossScaler
 from fastmoe.optim.clip import grad_norm
 from fastmoe.optim.schedule import cosine
 from fastmoe.trainer import alarms, checkpoint, data, metrics, routing
@@ -42,6 +42,8 @@ _FREE = {
         "init_std",
     )
 }
+_OF_STATES = {"optim.name", "optim.state_dtype", "optim.master", "train.param_dtype"}  # what is kept, and in what
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SAMPLE_TOKENS = 200
 
 
@@ -64,8 +66,8 @@ def train(config: Config) -> Result:
 
     SIGTERM and SIGINT end the run after the step at hand with a checkpoint (a second SIGINT at once, without). Raises
     ValueError for settings or data that cannot serve, FloatingPointError for a loss, router logit or gradient that is
-    not finite (before it reaches the weights), CheckpointError where a checkpoint cannot be written or none can be
-    read.
+    not finite (before it reaches the weights; in fp16 the step is left out for such a gradient, while the loss scale
+    can still be lowered), CheckpointError where a checkpoint cannot be written or none can be read.
     """
     configs.check(config)
     device = _device(config.train.device)
@@ -99,15 +101,13 @@ class _Run:
         self.data_digest = hashlib.sha256(json.dumps(batches.meta["splits"], sort_keys=True).encode()).hexdigest()
         self.checkpoints = run_dir / "checkpoints"
         torch.manual_seed(config.train.seed)
-        self.model = Transformer(config.model).to(device)
+        self.engine = self._make_engine()
+        self.model = self.engine.model if self.engine else self._make_model().to(device)
         self.model.checkpointed = config.train.activation_checkpointing
         self.forward = torch.compile(self.model) if config.train.compile else self.model
         self.parameters = list(self.model.parameters())
-        optim = config.optim
-        matrices = self.model.matrices()
-        decayed, kept = list(matrices.values()), [p for n, p in self.model.named_parameters() if n not in matrices]
-        groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": kept, "weight_decay": 0.0}]
-        self.optimizer = AdamW(groups, optim.lr, (optim.beta1, optim.beta2), optim.eps)
+        self.optimizer = self.engine.optimizer if self.engine else self._make_optimizer(self.model)
+        self.scaler = LossScaler() if config.train.dtype == "fp16" else None
         self.step, self.position, self.seconds, self.saved = 0, 0, 0.0, None
         self._resume()
         tables = [module for module in self.model.modules() if isinstance(module, HashRouter) and module.balanced]
@@ -117,11 +117,40 @@ class _Run:
                 router.table_VK.copy_(tables[0].table_VK)
         self._open_routing()
         self._describe()
-        dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
-        self.peak = metrics.measured_peak(device.type, dtype)
+        self.peak = metrics.measured_peak(device.type, _DTYPES[config.train.dtype])
         self.flops_per_token = self.model.flops_per_token(config.train.seq_len)
         self.metrics = metrics.Metrics(
             run_dir, config.log, config.train.steps, self.step, metrics.memory_gib(device)[1]
+        )
+
+    def _make_model(self) -> Transformer:
+        return Transformer(self.config.model).to(_DTYPES[self.config.train.param_dtype])
+
+    def _make_optimizer(self, model: Transformer) -> Adafactor | AdamW:
+        optim, seed, matrices = self.config.optim, self.config.train.seed, model.matrices()
+        decayed, kept = list(matrices.values()), [p for n, p in model.named_parameters() if n not in matrices]
+        groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+        if optim.name == "adafactor":
+            return Adafactor(groups, optim.lr, master=optim.master, seed=seed)
+        betas = optim.beta1, optim.beta2
+        kinds = {"state_dtype": optim.state_dtype, "master": optim.master}
+        return AdamW(groups, optim.lr, betas, optim.eps, seed=seed, **kinds)
+
+    def _make_engine(self) -> offload.Engine | None:
+        """Where --memory gives budgets."""
+        config, budgets = self.config, self.config.memory.budgets()
+        if not budgets:
+            return None
+        directory = Path(config.memory.dir or self.run_dir / "offload")
+        offload.clear(directory)  # checkpoints are what a run goes on from
+        return offload.Engine(
+            self._make_model,
+            self._make_optimizer,
+            budgets,
+            directory,
+            device=self.device,
+            accumulation=config.train.grad_accumulation,
+            clip_norm=config.optim.clip_norm,
         )
 
     def train(self) -> Result:
@@ -158,6 +187,9 @@ class _Run:
         start = time.perf_counter()
         train, optim = self.config.train, self.config.optim
         lr = cosine(self.step + 1, optim, train.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        scale = self.scaler.value if self.scaler else 1.0
         micro = train.batch_size // train.grad_accumulation
         self.optimizer.zero_grad()
         sums, chosen = None, []
@@ -171,7 +203,9 @@ class _Run:
                 out = self.forward(ids_BS, targets_BS, **options)
             if self.recorder:
                 chosen.append(routing.pack(out.routed, self.config.model.num_experts))
-            ((out.loss + out.aux_loss) / train.grad_accumulation).backward()
+            whole = (out.loss + out.aux_loss) / train.grad_accumulation
+            whole = self.scaler.scale(whole) if self.scaler else whole
+            self.engine.backward(whole) if self.engine else whole.backward()
             parts = [
                 torch.stack([out.loss.detach(), out.aux_loss.detach()]),
                 out.nan_tokens_L,
@@ -182,17 +216,27 @@ class _Run:
             ]
             row = torch.cat([part.double() for part in parts])
             sums = row if sums is None else sums + row
-        sums = torch.cat([grad_norm(self.parameters).double().view(1), sums]).cpu()
+        norm, bad = self.engine.gradients() if self.engine else (grad_norm(self.parameters), None)
+        sums = torch.cat([torch.as_tensor(norm, dtype=torch.float64, device=self.device).view(1), sums]).cpu()
         total, nan_L, dropped_L, load, *means = sums[1:].split([part.numel() for part in parts])
-        norm, loss, aux_loss = sums[0].item(), *(total / train.grad_accumulation).tolist()
+        norm, loss, aux_loss = sums[0].item() / scale, *(total / train.grad_accumulation).tolist()
         load_LE = load.view(out.load_LE.shape)
         logit_norm_L, *losses = [value_L / train.grad_accumulation for value_L in means]
-        self._check_finite(loss, aux_loss, norm, nan_L)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step(grad_scale=min(1.0, optim.clip_norm / norm) if optim.clip_norm and norm else 1.0)
-        for i, load_E in zip(self.model.moe_layers, load_LE):
+        skipped = self.scaler is not None and not math.isfinite(norm) and scale > self.scaler.minimum
+        self._check_finite(loss, aux_loss, 0.0 if skipped else norm, nan_L, bad)
+        if skipped:
+            self.metrics.note(f"step {self.step + 1} left out at loss scale {scale:g}{self._bad('gradient')}")
+        elif self.engine:
+            self.engine.step()
+        else:
+            clip = min(1.0, optim.clip_norm / norm) if optim.clip_norm and norm else 1.0
+            self.optimizer.step(grad_scale=clip / scale)
+        for i, load_E in zip(self.model.moe_layers, load_LE) if not skipped else ():
             self.model.layers[i].feed_forward.router.update(load_E.to(self.device))
+        scaling = {}
+        if self.scaler:
+            self.scaler.update(not skipped)
+            scaling = {"scale": scale, "skipped": self.scaler.skipped}
         self.step += 1
         if self.recorder:
             self.recorder.write(self.step, chosen)
@@ -204,7 +248,8 @@ class _Run:
             "loss": loss,
             "aux_loss": aux_loss,
             "lr": lr,
-            "grad_norm": norm,
+            "grad_norm": None if skipped else norm,
+            **scaling,
             "tokens": self.position * train.seq_len,
             **metrics.describe_routing(load_LE, dropped_L, logit_norm_L, dict(zip(out.losses, losses))),
             "perf": {
@@ -216,14 +261,15 @@ class _Run:
             },
         }
 
-    def _check_finite(self, loss: float, aux_loss: float, norm: float, nan_L: torch.Tensor) -> None:
+    def _check_finite(self, loss: float, aux_loss: float, norm: float, nan_L: torch.Tensor, bad: str | None) -> None:
         if nan_L.any():
             layer = self.config.model.num_dense_layers + int(nan_L.nonzero()[0])
             raise self._not_finite(f"the router of layer {layer} got NaN logits for {int(nan_L.sum())} tokens")
         if not (math.isfinite(loss) and math.isfinite(aux_loss)):
             raise self._not_finite(f"loss = {loss}, aux_loss = {aux_loss}{self._bad('weight')}")
         if not math.isfinite(norm):
-            raise self._not_finite(f"grad_norm = {norm}{self._bad('gradient')}")
+            first = f" (first gradient that is not finite: {bad})" if bad else self._bad("gradient")
+            raise self._not_finite(f"grad_norm = {norm}{first}")
 
     def _bad(self, kind: str) -> str:
         tensors = ((name, p if kind == "weight" else p.grad) for name, p in self.model.named_parameters())
@@ -322,9 +368,10 @@ class _Run:
             "config": asdict(self.config),
             "tokenizer": self.batches.meta["tokenizer"],
             "data": self.data_digest,
+            **({"scaler": self.scaler.state_dict()} if self.scaler else {}),
         }
         self.saved = checkpoint.save(
-            self.checkpoints, self.step, self.model, self.optimizer, state, self.config.checkpoint.keep
+            self.checkpoints, self.step, self.model, self.optimizer, state, self.config.checkpoint.keep, self.engine
         )
 
     def _resume(self) -> None:
@@ -344,7 +391,8 @@ class _Run:
         state = checkpoint.read_state(path)
         given, was = configs.flat(config), configs.flat(configs.from_dict(state["config"]))
         for name, value in given.items():
-            if name.startswith("model.") and name not in _FREE and value != was[name]:
+            fixed = name.startswith("model.") and name not in _FREE or name in _OF_STATES
+            if fixed and value != was[name]:
                 raise ValueError(
                     f"fastmoe.train: --{name.replace('_', '-')} must be {was[name]} as in {path}, got {value}"
                 )
@@ -354,7 +402,9 @@ class _Run:
                 f"{config.train.steps}"
             )
         checkpoint.set_aside(self.checkpoints, state["step"])
-        checkpoint.load_training(path, self.model, self.optimizer)
+        checkpoint.load_training(path, self.model, self.optimizer, self.engine)
+        if self.scaler and "scaler" in state:
+            self.scaler.load_state_dict(state["scaler"])
         self.step, self.position, self.seconds, self.saved = state["step"], state["position"], state["seconds"], path
         print(f"resuming after step {self.step} from {path}", flush=True)
         for name, value in given.items():
@@ -402,7 +452,8 @@ class _Run:
             print(f"note: this run will be slow: {native.missing()}", flush=True)
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.dtype == "bf16")
+        dtype = _DTYPES[self.config.train.dtype]  # with an engine the cache would keep the weights of all layers
+        return torch.autocast(self.device.type, dtype, dtype != torch.float32, cache_enabled=self.engine is None)
 
     def _to_device(self, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return tuple(tensor.to(self.device) for tensor in tensors)

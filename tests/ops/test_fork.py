@@ -9,7 +9,8 @@ import os, signal
 import torch
 from fastmoe import testing
 from tests.ops.battery import Battery
-from tests.ops import test_adamw, test_experts, test_gating, test_gemm, test_loss, test_norm, test_permutation
+from tests.ops import test_adafactor, test_adamw, test_experts, test_gating, test_gemm, test_loss, test_norm
+from tests.ops import test_permutation
 
 cases = [case for cls in Battery.__subclasses__() for case in cls.cases if case.thorough or case.parallel]
 signal.alarm(100)  # a hang is a failure, not a wait

@@ -1,8 +1,8 @@
 import pytest
 
-from fastmoe.config import ModelConfig
+from fastmoe.config import ModelConfig, parse_bytes
 from fastmoe.scale import Machine, from_config, plan, preset
-from fastmoe.scale.planner import main, parse_bytes
+from fastmoe.scale.planner import main
 
 GB = 1e9
 V100S = Machine(512, 32 * GB)

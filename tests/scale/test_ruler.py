@@ -1,5 +1,7 @@
 import pytest
+import torch
 
+from fastmoe.optim import Adafactor, AdamW
 from fastmoe.scale.ruler import REGIMES, activation_bytes, max_params, moe_activation_bytes, moe_rank_bytes, regime
 
 GB = 1e9
@@ -22,6 +24,25 @@ GB = 1e9
 )
 def test_bytes_per_parameter(name, device, host):
     assert (regime(name).device_bytes(), regime(name).host_bytes()) == (device, host)
+
+
+@pytest.mark.parametrize("name, without_gradient", [("int8", 4.125), ("int8-residual8", 5.125)])
+def test_states_in_8_bits(name, without_gradient):
+    parts = regime(name).device_parts()
+    assert parts["weights"] + parts["states"] == without_gradient
+
+
+def test_the_regimes_are_what_the_optimizers_keep():
+    weight = torch.zeros(64, 96, dtype=torch.bfloat16)
+    made = {
+        "int8": AdamW([weight], state_dtype="int8"),
+        "int8-residual8": AdamW([weight], state_dtype="int8", master="residual8"),
+        "adafactor-bf16": Adafactor([weight]),
+    }
+    for name, optimizer in made.items():
+        layout = optimizer.layout(weight, optimizer.param_groups[0])
+        states = sum(dtype.itemsize * torch.Size(shape).numel() for shape, dtype in layout.values())
+        assert states / weight.numel() == pytest.approx(regime(name).device_parts(matrix=(64, 96))["states"]), name
 
 
 def test_adafactor_keeps_a_row_and_a_column():

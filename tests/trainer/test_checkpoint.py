@@ -9,16 +9,19 @@ import torch
 
 from fastmoe.config import ModelConfig
 from fastmoe.nn import Transformer
-from fastmoe.optim import AdamW
+from fastmoe.optim import Adafactor, AdamW
+from fastmoe.testing import assert_bit_equal
 from fastmoe.trainer import checkpoint
 
 SMALL = dict(d_model=16, num_layers=1, num_heads=2, num_experts=2, d_ff=16, max_seq_len=16)
 
 
-def trained(steps: int = 1, **changes):
+def trained(steps: int = 1, optimizer=AdamW, dtype=torch.float32, **changes):
+    """changes: of the model or, by the names below, of the optimizer."""
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(**{**SMALL, **changes}))
-    optimizer = AdamW(model.parameters(), lr=1e-2)
+    options = {name: changes.pop(name) for name in ("state_dtype", "master") if name in changes}
+    model = Transformer(ModelConfig(**{**SMALL, **changes})).to(dtype)
+    optimizer = optimizer(model.parameters(), lr=1e-2, **options)
     ids = torch.arange(16).view(2, 8)
     for _ in range(steps):
         model(ids, ids).loss.backward()
@@ -152,3 +155,37 @@ def test_another_model_is_refused_by_name(three):
         checkpoint.load_model(three / "step-00000010", trained(0, num_layers=2)[0])
     with pytest.raises(checkpoint.CheckpointError, match="the model has no head"):
         checkpoint.load_model(three / "step-00000010", trained(0, tie_embeddings=True)[0])
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "message"),
+    [
+        ({}, {"state_dtype": "int8"}, r"exp_avg int8 .*, exp_avg_scale bfloat16 .*, got exp_avg float32"),
+        ({"state_dtype": "int8"}, {"state_dtype": "bf16"}, r"exp_avg bfloat16 .*, got exp_avg int8"),
+        ({"dtype": torch.bfloat16, "master": "residual8"}, {"dtype": torch.bfloat16}, r"got .* master int8"),
+        ({"dtype": torch.bfloat16}, {}, r"embedding in .* must be torch.float32 as in the model, got torch.bfloat16"),
+        ({}, {"optimizer": Adafactor}, r"must be row float32 \[256\], column float32 \[16\], got exp_avg"),
+    ],
+)
+def test_states_kept_otherwise_are_refused(tmp_path, was, now, message):
+    path = checkpoint.save(tmp_path, 1, *trained(1, **was), {}, keep=1)
+    with pytest.raises(checkpoint.CheckpointError, match=message):
+        checkpoint.load_training(path, *trained(0, **now))
+
+
+@pytest.mark.parametrize(
+    "kept", [{"state_dtype": "int8"}, {"state_dtype": "fp16"}, {"dtype": torch.bfloat16, "master": "residual8"}]
+)
+def test_states_of_any_dtype_come_back(tmp_path, kept):
+    model, optimizer = trained(2, **kept)
+    path = checkpoint.save(tmp_path, 2, model, optimizer, {}, keep=1)
+    other, fresh = trained(0, **kept)
+    checkpoint.load_training(path, other, fresh)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        one, two = optimizer.state[a], fresh.state[b]
+        assert one.keys() == two.keys()
+        for name, value in one.items():
+            if isinstance(value, torch.Tensor):
+                assert_bit_equal(two[name], value, name)
+            else:
+                assert two[name] == value, name

@@ -17,6 +17,7 @@ import torch
 
 from fastmoe.cli import main
 from fastmoe.nn import Transformer
+from fastmoe.optim import LossScaler
 from fastmoe.trainer import checkpoint, data, metrics
 from fastmoe.trainer.generate import generate, load_run
 from fastmoe.trainer.report import report
@@ -118,6 +119,9 @@ def test_heldout_is_the_loss_over_every_predicted_byte(finished):
     [
         {},
         {"train": {"dtype": "bf16"}},
+        {"train": {"dtype": "fp16"}},
+        {"train": {"dtype": "bf16", "param_dtype": "bf16"}, "optim": {"state_dtype": "int8", "master": "residual8"}},
+        {"train": {"dtype": "bf16", "param_dtype": "bf16"}, "optim": {"name": "adafactor"}},
         {"train": {"activation_checkpointing": True, "grad_accumulation": 2}},
         {"model": {"tie_embeddings": True, "capacity_factor": 1.0, "num_dense_layers": 1}},
     ],
@@ -169,6 +173,62 @@ def test_a_step_is_clipped_adamw_with_decay_on_matrices(tiny, metrics_of):
     assert record["lr"] == 0.05 and record["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
     for (name, wanted), got in zip(model.named_parameters(), load_run(config.run.dir)[0].parameters(), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def overflowing(monkeypatch, steps):
+    """The backward of these steps (from 1) puts an inf into the gradient of the head."""
+    forward, calls = Transformer.forward, []
+
+    def hooked(self, ids, targets=None, cache=None, **options):
+        calls.append(torch.is_grad_enabled())
+        if sum(calls) in steps and calls[-1]:
+            handle = self.head.register_hook(lambda grad: (handle.remove(), torch.full_like(grad, torch.inf))[1])
+        return forward(self, ids, targets, cache, **options)
+
+    monkeypatch.setattr(Transformer, "forward", hooked)
+
+
+def test_fp16_leaves_out_the_steps_that_overflow(tiny, monkeypatch, metrics_of, capsys):
+    overflowing(monkeypatch, {3, 4, 6})
+    config = tiny(train={"dtype": "fp16"}, checkpoint={"every": 1, "keep": 9})
+    result = train(config)
+    records = metrics_of(config.run.dir)
+    assert [record["scale"] for record in records] == [65536, 65536, 65536, 65536, 32768, 32768, 16384, 16384]
+    assert [record["skipped"] for record in records] == [0, 0, 1, 2, 2, 3, 3, 3]
+    assert [record["grad_norm"] is None for record in records] == [False, False, True, True, False, True, False, False]
+    assert [record["tokens"] for record in records] == [step * 4 * 32 for step in range(1, 9)]
+    at = lambda step: weights(Path(config.run.dir, "checkpoints", f"step-{step:08d}"))
+    assert at(2) == at(3) == at(4) != at(5) == at(6) != at(7)
+    assert checkpoint.read_state(result.checkpoint)["scaler"]["value"] == 16384
+    out = capsys.readouterr().out
+    assert "step 3 left out at loss scale 65536 (first gradient that is not finite: head)" in out
+    assert out.count("left out at") == 3
+    final = weights(result.checkpoint)
+    for step in (7, 8):
+        shutil.rmtree(result.checkpoint.with_name(f"step-{step:08d}"))
+    again = train(replace(config, run=replace(config.run, resume=True)))
+    assert metrics_of(config.run.dir) == records and weights(again.checkpoint) == final
+
+
+def test_fp16_gives_up_at_the_least_scale(tiny, monkeypatch):
+    overflowing(monkeypatch, range(1, 9))
+    monkeypatch.setattr(LossScaler.__init__, "__defaults__", (4.0, 1000, 1, 1.0))
+    with pytest.raises(FloatingPointError, match=r"step 3: grad_norm = inf \(first gradient .*: head\)"):
+        train(tiny(train={"dtype": "fp16"}))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_16_bits_follow_fp32(tiny, metrics_of, dtype):
+    optim = {"lr": 1e-2, "eps": 1e-2}  # so that the gradients' scale matters
+    plain, lower = tiny("a", optim=optim), tiny("b", optim=optim, train={"dtype": dtype})
+    for config in (plain, lower):
+        train(config)
+    a, b = (
+        [record[key] for record in metrics_of(config.run.dir) for key in ("loss", "grad_norm")]
+        for config in (plain, lower)
+    )
+    assert a == pytest.approx(b, rel=0.01 if dtype == "fp16" else 0.05)
+    assert a[-2] < a[0] - 0.1
 
 
 def test_many_experts_are_kept_as_quantiles(tiny, metrics_of):
@@ -223,6 +283,7 @@ def test_resume_where_nothing_is_starts_at_step_0(tiny, capsys):
         ({"model": {"d_model": 64}}, r"--model\.d-model must be 32 as in .*step-00000008, got 64"),
         ({"model": {"tie_embeddings": True}}, r"--model\.tie-embeddings must be False"),
         ({"train": {"steps": 5}}, r"--train\.steps must be at least 8"),
+        ({"optim": {"state_dtype": "int8"}}, r"--optim\.state-dtype must be fp32 as in .*step-00000008, got int8"),
     ],
 )
 def test_resume_with_other_settings_is_refused(finished, changes, message):
@@ -238,7 +299,12 @@ def test_resume_with_other_settings_is_refused(finished, changes, message):
         ({"train": {"batch_size": 5, "grad_accumulation": 2}}, r"accumulation must be a divisor .* = 5, got 2"),
         ({"train": {"steps": 0}}, r"--train\.steps must be at least 1"),
         ({"train": {"seq_len": 500}}, r"--train\.seq-len must be in 1\.\.256"),
-        ({"train": {"dtype": "fp8"}}, r"--train\.dtype must be fp32 or bf16"),
+        ({"train": {"dtype": "fp8"}}, r"--train\.dtype must be fp32, bf16 or fp16"),
+        ({"train": {"param_dtype": "bf16"}}, r"--train\.param-dtype must be fp32, or bf16 with --train\.dtype bf16"),
+        ({"optim": {"name": "sgd"}}, r"--optim\.name must be adamw or adafactor, got sgd"),
+        ({"optim": {"state_dtype": "int4"}}, r"--optim\.state-dtype must be fp32, bf16, fp16 or int8"),
+        ({"optim": {"name": "adafactor", "state_dtype": "int8"}}, r"--optim\.state-dtype must be fp32 for adafactor"),
+        ({"optim": {"master": "fp32"}}, r"--optim\.master must be None, or residual8 or fp32 with --train\.param"),
         ({"train": {"device": "nope"}}, r"--train\.device must be auto or a device"),
         ({"optim": {"lr": 0.0}}, r"--optim\.lr must be positive"),
         ({"checkpoint": {"keep": 0}}, r"--checkpoint\.keep must be at least 1"),

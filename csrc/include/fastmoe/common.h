@@ -27,3 +27,5 @@ FM_API const char* fm_isa(void);
 FM_API fm_status fm_limit_isa(const char* name);
 
 typedef enum { FM_F32 = 0, FM_BF16 = 1, FM_F16 = 2 } fm_dtype;
+/* What a 16-bit weight is kept in beside itself: nothing, float32, or (bfloat16) int8, the third byte. */
+typedef enum { FM_NO_MASTER = 0, FM_MASTER_F32 = 1, FM_MASTER_RESIDUAL = 2 } fm_master;

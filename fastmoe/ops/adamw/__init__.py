@@ -1,58 +1,160 @@
-"""AdamW: one update of a whole list of tensors."""
+"""AdamW: one update of a whole list of tensors, whatever their moments and weights are kept in."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from operator import attrgetter
+
 import torch
 
+from fastmoe.native import PLAIN
 from fastmoe.ops import check
+from fastmoe.ops.quantize import scales_shape
 from fastmoe.ops.registry import OPS, define
+
+_LISTS = ("grads", "exp_avgs", "exp_avg_sqs", "exp_avg_scales", "exp_avg_sq_scales", "masters")
+MOMENTS = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+MASTERS = {torch.bfloat16: (torch.int8, torch.float32), torch.float16: (torch.float32,)}
+FLOATS = {torch.float32, torch.bfloat16, torch.float16}
+_shape, _dtype, _device = map(attrgetter, ("shape", "dtype", "device"))
 
 
 def adamw_step(
-    params: list[torch.Tensor],
-    grads: list[torch.Tensor],
-    exp_avgs: list[torch.Tensor],
-    exp_avg_sqs: list[torch.Tensor],
-    step: int,
+    params: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    exp_avgs: Sequence[torch.Tensor],
+    exp_avg_sqs: Sequence[torch.Tensor],
+    steps: int | Sequence[int],
     lr: float,
     beta1: float,
     beta2: float,
     eps: float,
     weight_decay: float,
     grad_scale: float = 1.0,
+    *,
+    exp_avg_scales: Sequence[torch.Tensor | None] | None = None,
+    exp_avg_sq_scales: Sequence[torch.Tensor | None] | None = None,
+    masters: Sequence[torch.Tensor | None] | None = None,
+    keys: Sequence[int] | None = None,
+    first_rows: Sequence[int] | None = None,
+    decays: Sequence[float] | None = None,
 ) -> None:
-    """Updates params, exp_avgs and exp_avg_sqs in place, all tensors in one call.
+    """Updates params and their states in place, all tensors in one call.
 
-    g = grad * grad_scale; m = m + (1-beta1)(g-m); v = beta2 v + (1-beta2) g^2; p = p (1 - lr weight_decay)
-    - lr / (1-beta1^step) * m / (sqrt(v / (1-beta2^step)) + eps). step counts from 1.
+    g = grad * grad_scale; m = m + (1-beta1)(g-m); v = beta2 v + (1-beta2) g^2; p = p decay - lr / (1-beta1^step) * m /
+    (sqrt(v / (1-beta2^step)) + eps). steps: of all or of each, from 1. decays: of each; else 1 - lr weight_decay.
 
-    params: float32, bfloat16 or float16 (float64 on the reference), each grad in its param's dtype, both moments
-    float32 (float64 with float64 params), all of one shape and contiguous in the same order. grad_scale: the clip
+    params: float32, bfloat16 or float16 (float64 on the reference), each grad in its param's dtype. Moments, both of a
+    tensor alike: float32 (float64 with float64 params); bfloat16; float16, where exp_avg_sqs holds sqrt(v); int8 (and
+    uint8 for exp_avg_sqs), where it holds sqrt(v) too, with exp_avg_scales and exp_avg_sq_scales as `ops.quantize`
+    makes them. masters: None; for a bfloat16 param an int8 residual, the third byte of a 24-bit weight (its float32 is
+    (param bits << 16) + (residual << 8)); for a 16-bit param a float32 weight. Sums are float32.
+
+    Rounding: a float32 state or weight, and a param from its float32 master, to nearest. All else is rounded up or
+    down, with the probability of its fraction, by draws that keys[i], row and column alone decide: what row r of the
+    tensor ([-1, last dimension]) gets is drawn as for row first_rows[i] + r, so a part is updated as in the whole.
+
+    All of a tensor's states have its shape (scales [..., ceil(I / 32)]) and are contiguous. grad_scale: the clip
     factor. Errors: ValueError or TypeError naming the argument and its index. Source: Loshchilov and Hutter, arXiv
-    1711.05101.
+    1711.05101; 24-bit weights and companded moments after FlashOptim (arXiv 2602.23349).
     """
-    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    for name, tensors in lists.items():
-        if len(tensors) != len(params):
-            check.fail("adamw_step", name, f"a list of {len(params)} tensors like params", len(tensors))
-    for i, (param, grad, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs)):
-        wide = (torch.float64,) if param.dtype == torch.float64 else (torch.float32,)
-        check.tensor("adamw_step", f"params[{i}]", param, tuple(param.shape))
-        check.tensor("adamw_step", f"grads[{i}]", grad, tuple(param.shape), (param.dtype,), param)
-        check.tensor("adamw_step", f"exp_avgs[{i}]", m, tuple(param.shape), wide, param)
-        check.tensor("adamw_step", f"exp_avg_sqs[{i}]", v, tuple(param.shape), wide, param)
-        for name, tensor in ((f"params[{i}]", param), (f"exp_avgs[{i}]", m), (f"exp_avg_sqs[{i}]", v)):
-            if not tensor.is_contiguous():
-                check.fail("adamw_step", name, "contiguous (it is updated in place)", f"strides {tensor.stride()}")
-    if step < 1:
-        check.fail("adamw_step", "step", "at least 1", step)
-    call = _adamw_step if torch.compiler.is_compiling() else OPS["adamw_step"]  # the dispatcher costs 2 us a tensor
-    call(params, grads, exp_avgs, exp_avg_sqs, step, lr, beta1, beta2, eps, weight_decay, grad_scale)
+    count = len(params)
+    none = [None] * count
+    lists = dict(zip(_LISTS, (grads, exp_avgs, exp_avg_sqs, exp_avg_scales, exp_avg_sq_scales, masters)))
+    numbers = {
+        "steps": [steps] * count if isinstance(steps, int) else steps,
+        "keys": keys or [0] * count,
+        "first_rows": first_rows or [0] * count,
+        "decays": [1 - lr * weight_decay] * count if decays is None else decays,
+    }
+    lists = {name: none if tensors is None else tensors for name, tensors in lists.items()}
+    for name, values in (lists | numbers).items():
+        if len(values) != count:
+            check.fail("adamw_step", name, f"a list of {count} like params", len(values))
+    quick = _good(params, *lists.values())
+    if not quick:
+        for i, (param, *states) in enumerate(zip(params, *lists.values())):
+            _check(i, param, *states)
+    if count and min(numbers["steps"]) < 1:
+        i = [step < 1 for step in numbers["steps"]].index(True)
+        check.fail("adamw_step", f"steps[{i}]", "at least 1", numbers["steps"][i])
+    absent = params[0].new_empty(0) if count else None  # the schema has no lists of optional tensors
+    tensors = [[absent if t is None else t for t in values] for values in lists.values()]
+    op = OPS["adamw_step"]  # called directly: the dispatcher costs 2 us a tensor
+    if torch.compiler.is_compiling():
+        op = _adamw_step
+    elif quick:
+        op = op.on(params[0].device.type, False)
+    op(params, *tensors, *map(list, numbers.values()), lr, beta1, beta2, eps, grad_scale)
+
+
+def _good(params, grads, ms, vs, m_scales, v_scales, masters) -> bool:
+    """Whether nothing is wrong with plain tensors in the usual dtypes, found out list by list: quick for long lists."""
+    if torch.compiler.is_compiling() or not params:
+        return False
+    states = [tensor for tensors in (m_scales, v_scales, masters) for tensor in tensors if tensor is not None]
+    everything = [*params, *grads, *ms, *vs, *states]
+    if not set(map(type, everything)) <= PLAIN or len(set(map(_device, everything))) > 1:
+        return False
+    dtypes, m_dtypes = [*map(_dtype, params)], [*map(_dtype, ms)]
+    coded = torch.int8 in m_dtypes
+    v_dtypes = [torch.uint8 if dtype is torch.int8 else dtype for dtype in m_dtypes] if coded else m_dtypes
+    same = all(p.shape == g.shape == m.shape == v.shape for p, g, m, v in zip(params, grads, ms, vs))
+    return (
+        same
+        and {*dtypes} <= FLOATS
+        and {*m_dtypes} <= {*MOMENTS}
+        and dtypes == [*map(_dtype, grads)]
+        and v_dtypes == [*map(_dtype, vs)]
+        and all(map(torch.Tensor.is_contiguous, [*params, *ms, *vs, *states]))
+        and (not states and not coded or all(map(_good_states, params, ms, m_scales, v_scales, masters)))
+    )
+
+
+def _good_states(param, m, m_scale, v_scale, master) -> bool:
+    shape = scales_shape(param.shape) if m.dtype is torch.int8 and param.dim() else None
+    return (
+        (m.dtype is not torch.int8 or param.dim() > 0)
+        and all(
+            scale is None
+            if shape is None
+            else scale is not None and scale.shape == shape and scale.dtype is torch.bfloat16
+            for scale in (m_scale, v_scale)
+        )
+        and (master is None or master.shape == param.shape and master.dtype in MASTERS.get(param.dtype, ()))
+    )
+
+
+def _check(i, param, grad, m, v, m_scales, v_scales, master) -> None:
+    op = "adamw_step"
+    shape = tuple(getattr(param, "shape", ()))
+    check.tensor(op, f"params[{i}]", param, shape)
+    moments = (torch.float64,) if param.dtype == torch.float64 else MOMENTS
+    check.tensor(op, f"grads[{i}]", grad, shape, (param.dtype,), param)
+    check.tensor(op, f"exp_avgs[{i}]", m, shape, moments, param)
+    coded = m.dtype == torch.int8
+    check.tensor(op, f"exp_avg_sqs[{i}]", v, shape, (torch.uint8 if coded else m.dtype,), param)
+    for name, scales in (("exp_avg_scales", m_scales), ("exp_avg_sq_scales", v_scales)):
+        if coded:
+            if not shape:
+                check.fail(op, f"exp_avgs[{i}]", "float32 for a param without dimensions", m.dtype, TypeError)
+            check.tensor(op, f"{name}[{i}]", scales, tuple(scales_shape(param.shape)), (torch.bfloat16,), param)
+        elif scales is not None:
+            check.fail(op, f"{name}[{i}]", f"None for {m.dtype} moments", "a tensor")
+    if master is not None:
+        kinds = MASTERS.get(param.dtype)
+        if kinds is None:
+            check.fail(op, f"masters[{i}]", f"None for a {param.dtype} param", "a tensor")
+        check.tensor(op, f"masters[{i}]", master, shape, kinds, param)
+    for name, tensor in zip(("params", *_LISTS[1:]), (param, m, v, m_scales, v_scales, master)):
+        if tensor is not None and not tensor.is_contiguous():
+            check.fail(op, f"{name}[{i}]", "contiguous (it is updated in place)", f"strides {tensor.stride()}")
 
 
 _adamw_step = define(
     "adamw",
-    "adamw_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, int step, "
-    "float lr, float beta1, float beta2, float eps, float weight_decay, float grad_scale) -> ()",
+    "adamw_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] "
+    "exp_avg_scales, Tensor(e!)[] exp_avg_sq_scales, Tensor(f!)[] masters, int[] steps, int[] keys, int[] first_rows, "
+    "float[] decays, float lr, float beta1, float beta2, float eps, float grad_scale) -> ()",
     fake=lambda *args: None,
 )
