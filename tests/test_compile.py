@@ -31,6 +31,7 @@ def run(*words: str | Path, **environment: str) -> subprocess.CompletedProcess:
     return done
 
 
+@pytest.mark.apart
 @pytest.mark.timeout(1200)
 def test_triton_kernels_in_the_interpreter():
     """tests/triton needs a process of its own: the interpreter is chosen when a kernel is decorated."""
@@ -155,6 +156,8 @@ print(json.dumps({"kernels": sorted(kernels), "found": found, "launches": launch
 """
 
 
+@pytest.mark.apart
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("arch, dtype", [*((arch, "bfloat16") for arch in ARCHITECTURES), (90, "float32")])
 def test_triton_kernels_compile(arch, dtype, tmp_path, record_property):
     words = json.dumps([arch, ARCHITECTURES[arch], dtype])

@@ -25,7 +25,8 @@ def run(*words):
     return ran.stdout
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.apart
+@pytest.mark.timeout(1200)
 @pytest.mark.skipif(
     not shutil.which("c++", path=PATH) or not shutil.which("cmake", path=PATH), reason="no C++ compiler or no CMake"
 )
@@ -43,7 +44,7 @@ def test_c_abi_under_sanitizers():
         "-DFM_SANITIZE=address,undefined",
     )
     run("cmake", "--build", BUILD)
-    out = run("ctest", "--test-dir", BUILD, "--output-on-failure", "--no-tests=error", "--timeout", "120")
+    out = run("ctest", "--test-dir", BUILD, "--output-on-failure", "--no-tests=error", "--timeout", "300")
     programs = list((ROOT / "csrc" / "tests").glob("test_*.cpp"))
     assert (
         f"tests passed, 0 tests failed out of {len(programs)}" in out
