@@ -78,7 +78,8 @@ class DataConfig:
 @dataclass(frozen=True)
 class EvalConfig:
     every: int = 100  # steps between evaluations while training; 0: only at the end
-    tokens: int = 65536  # held-out tokens of one such evaluation; the end takes the full split
+    tokens: int = 65536  # held-out tokens of one such evaluation
+    final_tokens: int | None = None  # of the one at the end; None: the full split
 
 
 @dataclass(frozen=True)
@@ -198,6 +199,7 @@ def check(config: Config) -> None:
         ("optim.warmup-steps", optim.warmup_steps, "at least 0", optim.warmup_steps >= 0),
         ("eval.every", eval_.every, "at least 0", eval_.every >= 0),
         ("eval.tokens", eval_.tokens, "at least 1", eval_.tokens >= 1),
+        ("eval.final-tokens", eval_.final_tokens, "at least 1", eval_.final_tokens is None or eval_.final_tokens >= 1),
         ("checkpoint.every", checkpoint.every, "at least 0", checkpoint.every >= 0),
         ("checkpoint.keep", checkpoint.keep, "at least 1", checkpoint.keep >= 1),
         ("log.every", config.log.every, "at least 1", config.log.every >= 1),

@@ -177,45 +177,58 @@ void activate(const fm_moe_layer& l, int64_t n, const float* gate, const float* 
     }
 }
 
-/* From dact and z: dgate and dup. */
+/* From dact and z: act, dgate and dup. */
 void activate_backward(const fm_moe_layer& l, int64_t n, const float* dact, const float* gate, const float* up,
-                       float* dgate, float* dup) {
+                       float* act, float* dgate, float* dup) {
     const auto rows = [&](auto f) {
         whole_vectors(n, [&](int64_t i) {
-            vf a, b;
-            f(load(dact + i), load(gate + i), load(up + i), &a, &b);
-            store(dgate + i, a), store(dup + i, b);
+            vf a, dg, du;
+            f(load(dact + i), load(gate + i), load(up + i), &a, &dg, &du);
+            store(act + i, a), store(dgate + i, dg), store(dup + i, du);
         });
     };
     const auto row = [&](auto f) {
-        whole_vectors(n, [&](int64_t i) { store(dup + i, f(load(dact + i), load(up + i))); });
+        whole_vectors(n, [&](int64_t i) {
+            vf a, du;
+            f(load(dact + i), load(up + i), &a, &du);
+            store(act + i, a), store(dup + i, du);
+        });
     };
     switch (l.activation) {
         case FM_SWIGLU:
-            return rows([](vf d, vf g, vf u, vf* dg, vf* du) {
+            return rows([](vf d, vf g, vf u, vf* a, vf* dg, vf* du) {
                 const vf s = sigmoid(g), silu = g * s;
-                *dg = d * u * (s + silu * (1.f - s)), *du = d * silu;
+                *a = silu * u, *dg = d * u * (s + silu * (1.f - s)), *du = d * silu;
             });
         case FM_GEGLU:
-            return rows([](vf d, vf g, vf u, vf* dg, vf* du) { *dg = d * u * gelu_slope(g), *du = d * gelu(g); });
+            return rows([](vf d, vf g, vf u, vf* a, vf* dg, vf* du) {
+                const vf act = gelu(g);
+                *a = act * u, *dg = d * u * gelu_slope(g), *du = d * act;
+            });
         case FM_GEGLU_TANH:
-            return rows(
-                [](vf d, vf g, vf u, vf* dg, vf* du) { *dg = d * u * gelu_tanh_slope(g), *du = d * gelu_tanh(g); });
+            return rows([](vf d, vf g, vf u, vf* a, vf* dg, vf* du) {
+                const vf act = gelu_tanh(g);
+                *a = act * u, *dg = d * u * gelu_tanh_slope(g), *du = d * act;
+            });
         case FM_CLAMPED_SWIGLU:
-            return rows([&](vf d, vf gate, vf up, vf* dg, vf* du) {
+            return rows([&](vf d, vf gate, vf up, vf* a, vf* dg, vf* du) {
                 const vf g = at_most(gate, l.limit), u = at_least(at_most(up, l.limit), -l.limit);
                 const vf s = sigmoid(g * l.alpha), zero = splat(0);
+                *a = g * s * (u + 1.f);
                 *dg = select(gate > splat(l.limit), zero, d * (u + 1.f) * (s + l.alpha * g * s * (1.f - s)));
                 *du = select((up > splat(l.limit)) | (up < splat(-l.limit)), zero, d * g * s);
             });
         case FM_GELU:
-            return row([](vf d, vf u) { return d * gelu_slope(u); });
+            return row([](vf d, vf u, vf* a, vf* du) { *a = gelu(u), *du = d * gelu_slope(u); });
         case FM_GELU_TANH:
-            return row([](vf d, vf u) { return d * gelu_tanh_slope(u); });
+            return row([](vf d, vf u, vf* a, vf* du) { *a = gelu_tanh(u), *du = d * gelu_tanh_slope(u); });
         case FM_RELU:
-            return row([](vf d, vf u) { return select(u > splat(0), d, splat(0)); });
+            return row([](vf d, vf u, vf* a, vf* du) { *a = at_least(u, 0), *du = select(u > splat(0), d, splat(0)); });
         case FM_RELU2:
-            return row([](vf d, vf u) { return d * 2.f * at_least(u, 0); });
+            return row([](vf d, vf u, vf* a, vf* du) {
+                const vf act = at_least(u, 0);
+                *a = act * act, *du = d * 2.f * act;
+            });
     }
 }
 
@@ -250,15 +263,23 @@ void store_z(const Layer<S>& layer, const float* gate, const float* up, float sc
     each_vector(n, [&](int64_t f, auto rest) { store(ups + f, load(up + f) * scale, rest); });
 }
 
-template <class S, class From>
-void load_z(const Layer<S>& layer, const From* row, int64_t f0, int64_t n, Halves* z) {
+/* A row of z to its halves; whole vectors of floats are used where they are. */
+template <class S>
+void load_z(const Layer<S>& layer, const S* row, int64_t f0, int64_t n, Halves* z, const float** gate,
+            const float** up) {
+    *gate = z->gate, *up = z->up;
     if (layer.gate && layer.interleaved) {
         for (int64_t f = 0; f < n; ++f)
             z->gate[f] = to_float(row[2 * (f0 + f)]), z->up[f] = to_float(row[2 * (f0 + f) + 1]);
         return;
     }
-    if (layer.gate) each_vector(n, [&](int64_t f, auto rest) { store(z->gate + f, load(row + f0 + f, rest)); });
-    const From* ups = row + (layer.gate ? layer.F : 0) + f0;
+    const S *gates = row + f0, *ups = row + (layer.gate ? layer.F : 0) + f0;
+    if constexpr (std::is_same_v<S, float>)
+        if (n % W == 0) {
+            *gate = gates, *up = ups;
+            return;
+        }
+    if (layer.gate) each_vector(n, [&](int64_t f, auto rest) { store(z->gate + f, load(gates + f, rest)); });
     each_vector(n, [&](int64_t f, auto rest) { store(z->up + f, load(ups + f, rest)); });
 }
 
@@ -503,15 +524,15 @@ void backward(const fm_moe_mlp_backward_cpu_args* a) {
         Halves at, d;
         alignas(64) float act[NC];
         for (int64_t r = r0; r < r1; ++r, c += NC) {
+            const float *gate = at.gate, *up = at.up;
             if (layer.save == FM_SAVE_Z8) {
                 const bf16* scale = scales + r * codec.halves * codec.blocks;
                 if (layer.gate) codec.dequantize(z8 + r * Z, scale, 0, f0, n, at.gate);
                 codec.dequantize(z8 + r * Z, scale, codec.halves - 1, f0, n, at.up);
             } else {
-                load_z(layer, z + r * Z, f0, n, &at);
+                load_z(layer, z + r * Z, f0, n, &at, &gate, &up);
             }
-            activate(layer, n, at.gate, at.up, act);
-            activate_backward(layer, n, c, at.gate, at.up, d.gate, d.up);
+            activate_backward(layer, n, c, gate, up, act, d.gate, d.up);
             float dot = sum_vectors(n, [&](int64_t f, auto rest) { return load(c + f, rest) * load(act + f, rest); });
             if (f0 == 0 && layer.down_bias)
                 dot += sum_vectors(D, [&](int64_t i, auto rest) {

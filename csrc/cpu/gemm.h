@@ -161,6 +161,9 @@ void pack_columns(float* out, const Lines<S>& from, int64_t column0, int64_t col
                 *q = k * L::K + 1 < kc ? from.line(k0 + k * L::K + 1) + column0 : zeros;
         float* to = out + k * P;
         int64_t c = 0;
+        if constexpr (P < W && P >= 4) /* a vector each: what it holds too much is written over by the lanes after it */
+            for (; k * P + W <= lanes * P && c + W <= columns; c += P, to += P * lanes)
+                store(to, Packer<L>::across_all(p + c, q + c));
         for (; c + P <= columns; c += P, to += P * lanes) {
             if constexpr (P % W == 0) {
                 for (int j = 0; j < P; j += W) store(to + j, Packer<L>::across_all(p + c + j, q + c + j));

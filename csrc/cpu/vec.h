@@ -187,8 +187,16 @@ inline vf sqrt(vf v) {
 #endif
 }
 inline vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
+#if defined(__AVX512F__)
+inline vf min(vf a, vf b) { return bit_cast<vf>(_mm512_min_ps(bit_cast<__m512>(a), bit_cast<__m512>(b))); }
+inline vf max(vf a, vf b) { return bit_cast<vf>(_mm512_max_ps(bit_cast<__m512>(a), bit_cast<__m512>(b))); }
+#elif defined(__AVX__) && FM_VECTOR_BYTES == 32
+inline vf min(vf a, vf b) { return bit_cast<vf>(_mm256_min_ps(bit_cast<__m256>(a), bit_cast<__m256>(b))); }
+inline vf max(vf a, vf b) { return bit_cast<vf>(_mm256_max_ps(bit_cast<__m256>(a), bit_cast<__m256>(b))); }
+#else
 inline vf min(vf a, vf b) { return a < b ? a : b; } /* b where either is NaN */
 inline vf max(vf a, vf b) { return a > b ? a : b; }
+#endif
 
 /* f over the lanes by halves (lane i with lane i + N/2), in an order fixed by the vector width. */
 template <class T, int N>
@@ -259,24 +267,34 @@ inline float sum_vectors(int64_t n, F f) {
     return sum((t0 + t1) + (t2 + t3));
 }
 
-/* e^x, 1 ulp over the floats whose result is normal; 0 below -87.3, inf above 88.7, NaN stays. */
-inline vf exp(vf x) {
-    vf clamped = select(x < splat(-88.f), splat(-88.f), select(x > splat(89.f), splat(89.f), x)); /* keeps NaN */
-    vf n = clamped * 1.44269504088896341f + 12582912.f;
-    vu k = bit_cast<vu>(n) << 23; /* unsigned: lanes past a row's end hold anything */
-    n = n - 12582912.f;
-    vf r = clamped - n * 0.693359375f;
-    r = r + n * 2.12194440e-4f;
+/* e^x = p * 2^n with p near 1, for x in -88..89; n as the low bits of a float. */
+inline vf exp_parts(vf x, vf* n) {
+    *n = x * 1.44269504088896341f + 12582912.f;
+    const vf whole = *n - 12582912.f;
+    vf r = x - whole * 0.693359375f;
+    r = r + whole * 2.12194440e-4f;
     vf p = splat(1.9875691500e-4f);
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.f;
-    vf y = bit_cast<vf>(bit_cast<vu>(p) + k);
+    return p * (r * r) + r + 1.f;
+}
+/* e^x, 1 ulp over the floats whose result is normal; 0 below -87.3, inf above 88.7, NaN stays. */
+inline vf exp(vf x) {
+    vf n;
+    const vf p = exp_parts(max(splat(-88.f), min(splat(89.f), x)), &n);
+    /* unsigned: lanes past a row's end hold anything */
+    vf y = bit_cast<vf>(bit_cast<vu>(p) + (bit_cast<vu>(n) << 23));
     y = select(x > splat(88.722835f), splat(__builtin_inff()), y);
     return select(x < splat(-87.33654f), splat(0.f), select(x != x, x, y));
+}
+/* The same within -87..88; below and above as at these. */
+inline vf exp_within(vf x) {
+    vf n;
+    const vf p = exp_parts(max(splat(-87.f), min(splat(88.f), x)), &n);
+    return p * bit_cast<vf>((bit_cast<vu>(n) << 23) + 0x3f800000u);
 }
 /* 2^x for x below 127, 1 ulp; 0 below -126, so for -inf; NaN without a payload stays. The fit is Cephes' exp2f. */
 inline vf exp2(vf x) {
@@ -292,8 +310,8 @@ inline vf exp2(vf x) {
     p = p * r + 1.f;
     return select(x < splat(-126.f), splat(0), bit_cast<vf>(bit_cast<vu>(p) + k));
 }
-inline vf sigmoid(vf x) { return 1.f / (1.f + exp(-x)); }
-inline vf tanh(vf x) { return 1.f - 2.f / (1.f + exp(2.f * x)); }
+inline vf sigmoid(vf x) { return select(x < splat(-88.f), splat(0.f), 1.f / (1.f + exp_within(-x))); }
+inline vf tanh(vf x) { return 1.f - 2.f / (1.f + exp_within(2.f * x)); }
 
 /* The error function, 4e-7 in absolute terms: x P(x^2) / Q(x^2) on [-4, 4], fitted by weighted least squares. */
 inline vf erf(vf x) {

@@ -55,7 +55,7 @@ class Result:
     seconds: float  # of training, over all resumes, evaluations while training included
     checkpoint: Path | None  # the newest; None when a signal came before the first step
     signal: int | None = None  # that ended the run
-    heldout: float | None = None  # bits per token (per byte for byte tokens) on the full held-out split
+    heldout: float | None = None  # bits per token (per byte for byte tokens) on the held-out split, or config.eval.final_tokens of it
     order2: float | None = None  # the same of the order-2 model; None unless tokens are bytes
     sample: str = ""
     report: Path | None = None
@@ -325,8 +325,9 @@ class _Run:
 
     def _finish(self) -> Result:
         note = self.metrics.note
-        note(f"evaluating on all {sum(map(len, self.heldout.shards)):,} held-out tokens")
-        heldout = self._evaluate(stop=lambda: self.signals.received is not None)
+        whole, some = sum(map(len, self.heldout.shards)), self.config.eval.final_tokens
+        note(f"evaluating on {some:,} of {whole:,} held-out tokens" if some else f"evaluating on all {whole:,} held-out tokens")
+        heldout = self._evaluate(some, stop=lambda: self.signals.received is not None)
         if self.signals.received:
             return self._stopped()
         self.metrics.amend(self.step, heldout=heldout)
