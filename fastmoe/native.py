@@ -11,7 +11,7 @@ import threading
 import weakref
 from array import array
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -78,8 +78,31 @@ PLAIN = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
 _is_cpu = attrgetter("is_cpu")
 
 
+class Known(list):
+    """Tensors that were looked at before: dense, of one device, at these addresses still. notes: what a backend worked
+    out about them.
+    """
+
+    addresses: array
+
+    def __init__(self, tensors: Iterable[torch.Tensor]):
+        super().__init__(tensors)
+        self.notes: dict[str, object] = {}
+
+
+def noted(tensors: Sequence[torch.Tensor], name: str, find: Callable[[], object]) -> object:
+    """find(), or what it was for these Known tensors."""
+    if not isinstance(tensors, Known):
+        return find()
+    if name not in tensors.notes:
+        tensors.notes[name] = find()
+    return tensors.notes[name]
+
+
 def ptrs(tensors: Sequence[torch.Tensor]) -> array:
     """The addresses of dense CPU tensors, with the checks of `ptr`."""
+    if isinstance(tensors, Known) and all(tensors.addresses):
+        return tensors.addresses
     plain = set(map(type, tensors)) <= PLAIN
     if plain and all(map(_is_cpu, tensors)) and all(map(torch.Tensor.is_contiguous, tensors)):
         addresses = array("Q", map(torch.Tensor.data_ptr, tensors))

@@ -16,13 +16,13 @@ from fastmoe.optim import AdamW
 
 RULE = dict(lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 TORCH = "torch fused"
-PEERS = {  # name -> module, its optimizer on parameters, the dtypes of weights it is run with
-    "bitsandbytes 8-bit": ("bitsandbytes.optim", lambda m, p: m.AdamW8bit(p, **RULE), (torch.bfloat16,)),
-    "torchao 8-bit": ("torchao.optim", lambda m, p: m.AdamW8bit(p, **RULE), (torch.bfloat16,)),
+PEERS = {  # name -> module, its optimizer on parameters, the weights and states it is run beside
+    "bitsandbytes 8-bit": ("bitsandbytes.optim", lambda m, p: m.AdamW8bit(p, **RULE), [(torch.bfloat16, "int8")]),
+    "torchao 8-bit": ("torchao.optim", lambda m, p: m.AdamW8bit(p, **RULE), [(torch.bfloat16, "int8")]),
     "DeepSpeed CPUAdam": (
         "deepspeed.ops.adam",
-        lambda m, p: m.DeepSpeedCPUAdam(p, **RULE, adamw_mode=True),
-        (torch.float32, torch.bfloat16),
+        lambda m, p: m.DeepSpeedCPUAdam(p, **RULE, adamw_mode=True, fp32_optimizer_states=p[0].dtype == torch.float32),
+        [(torch.float32, "fp32"), (torch.bfloat16, "bf16")],
     ),
 }
 
@@ -54,9 +54,9 @@ def case(count: int, shape: tuple[int, ...], dtype: torch.dtype, work: float, pe
     arms = {"fastmoe": step(lambda params: AdamW(params, **RULE, **options)), TORCH: step(fused)}
     if dtype != torch.float32:
         arms[f"{TORCH} float32"] = step(fused, torch.float32)
-    left_out = {}
-    for name, (module, make, dtypes) in PEERS.items() if peers else ():
-        if dtype not in dtypes:
+    left_out, states, master = {}, options.get("state_dtype", "fp32"), options.get("master")
+    for name, (module, make, beside) in PEERS.items() if peers else ():
+        if (dtype, states) not in beside:
             continue
         try:
             loaded = importlib.import_module(module)
@@ -65,7 +65,6 @@ def case(count: int, shape: tuple[int, ...], dtype: torch.dtype, work: float, pe
             left_out[name] = (
                 f"cannot be used: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             )
-    states, master = options.get("state_dtype", "fp32"), options.get("master")
     kept = f"{name_of(dtype)}, {states} states" + (f", {master}" if master else "")
     sizes = " x ".join(f"{size:,}" for size in shape)
     return Case(
@@ -83,7 +82,7 @@ def case(count: int, shape: tuple[int, ...], dtype: torch.dtype, work: float, pe
 def cases(quick: bool) -> Iterator[Case]:
     count, shape = (3, (10, 100)) if quick else (40, (1250, 1000))
     yield case(count, shape, torch.float32, 28)
-    yield case(count, shape, torch.bfloat16, 14, peers=False, state_dtype="bf16")
+    yield case(count, shape, torch.bfloat16, 14, state_dtype="bf16")
     yield case(count, shape, torch.float16, 14, peers=False, state_dtype="fp16")
     yield case(count, shape, torch.bfloat16, 10.25, state_dtype="int8")
     yield case(count, shape, torch.bfloat16, 12.25, peers=False, state_dtype="int8", master="residual8")

@@ -74,7 +74,8 @@ void update(P p, const S* grad, code8* m, ucode8* v, bf16* m_scales, bf16* v_sca
             row_words row, rule c) {
     float mean[kPiece], root[kPiece];
     float m_unit[kPiece / kBlock], v_unit[kPiece / kBlock];
-    uint32_t m_largest[kPiece / kBlock], v_largest[kPiece / kBlock];
+    static_assert(kPiece / kBlock % W == 0, "whole vectors of blocks");
+    vu m_most[kPiece / kBlock] = {}, v_most[kPiece / kBlock] = {}; /* of a block, lane by lane */
     const float rate1 = c.rate1 * c.grad_scale, rate2 = __builtin_sqrtf(c.rate2) * c.grad_scale;
     const float m_decay = c.beta1 * kUnit, v_decay = __builtin_sqrtf(c.beta2) * kRootUnit;
     vu columns = column_words(column);
@@ -86,7 +87,7 @@ void update(P p, const S* grad, code8* m, ucode8* v, bf16* m_scales, bf16* v_sca
             store(v_unit + b, load(v_scale + b, n) * v_decay, full{});
         });
         each_block(piece, [&](int64_t b, auto size) {
-            vu m_most = {}, v_most = {};
+            vu m_more = {}, v_more = {};
             each_of_block(size, [&](int64_t j, auto n) {
                 const int64_t i = b * kBlock + j;
                 const vf g = load(grad + first + i, n), code = load(m + first + i, n), old = load(v + first + i, n);
@@ -94,29 +95,43 @@ void update(P p, const S* grad, code8* m, ucode8* v, bf16* m_scales, bf16* v_sca
                 const vf new_mean = code * magnitude(code) * m_unit[b] + g * rate1;
                 const vf new_root = sqrt(was * was + scaled * scaled);
                 store(mean + i, new_mean), store(root + i, new_root);
-                m_most = larger(m_most, bit_cast<vu>(magnitude(new_mean)));
-                v_most = larger(v_most, bit_cast<vu>(new_root));
+                m_more = larger(m_more, bit_cast<vu>(magnitude(new_mean)));
+                v_more = larger(v_more, bit_cast<vu>(new_root));
             });
-            const largest_of_two most = largest(m_most, v_most);
-            m_largest[b] = most.first, v_largest[b] = most.second;
+            m_most[b] = m_more, v_most[b] = v_more;
         });
         each_vector(blocks, [&](int64_t b, auto n) {
-            const vf m_new = to_scale(load_bits<vu>(m_largest + b)), v_new = to_scale(load_bits<vu>(v_largest + b));
+            const vf m_new = to_scale(largest_lanes(m_most + b)), v_new = to_scale(largest_lanes(v_most + b));
             store_low(m_scale + b, bit_cast<vu>(m_new) >> 16, n);
             store_low(v_scale + b, bit_cast<vu>(v_new) >> 16, n);
             store(m_unit + b, coder(m_new)), store(v_unit + b, root_coder(v_new));
         });
-        each_block(piece, [&](int64_t b, auto size) {
-            each_of_block(size, [&](int64_t j, auto n) {
-                const int64_t i = b * kBlock + j;
-                const vu draws = random_bits(columns, row);
-                columns += W * kColumn;
-                const vf new_mean = load(mean + i), new_root = load(root + i);
-                const vf step = new_mean * reciprocal(new_root * c.root_unit + c.least);
-                p.store_at(first + i, p.load_at(first + i, n) * c.decay - step, draws, n);
-                store_codes(m + first + i, new_mean, splat(m_unit[b]), draws, n);
-                store_codes(v + first + i, new_root, splat(v_unit[b]), draws, n);
-            });
+        const auto new_weight = [&](int64_t i, auto n) {
+            const vf step = load(mean + i) * reciprocal(load(root + i) * c.root_unit + c.least);
+            return p.load_at(first + i, n) * c.decay - step;
+        };
+        for (int64_t b = 0; b < piece / kBlock; ++b) {
+            vu draws[kBlock / W], m_codes[kBlock / W], v_codes[kBlock / W];
+            vf weight[kBlock / W];
+#pragma GCC unroll 8
+            for (int j = 0; j < kBlock / W; ++j, columns += W * kColumn) {
+                const int64_t i = b * kBlock + j * W;
+                draws[j] = random_bits(columns, row);
+                weight[j] = new_weight(i, full{});
+                m_codes[j] = codes(m, load(mean + i), splat(m_unit[b]), draws[j]);
+                v_codes[j] = codes(v, load(root + i), splat(v_unit[b]), draws[j]);
+            }
+            p.store_block(first + b * kBlock, weight, draws);
+            store_low_block(m + first + b * kBlock, m_codes);
+            store_low_block(v + first + b * kBlock, v_codes);
+        }
+        each_vector(piece % kBlock, [&](int64_t j, auto n) {
+            const int64_t b = piece / kBlock, i = b * kBlock + j;
+            const vu draws = random_bits(columns, row);
+            columns += W * kColumn;
+            p.store_at(first + i, new_weight(i, n), draws, n);
+            store_codes(m + first + i, load(mean + i), splat(m_unit[b]), draws, n);
+            store_codes(v + first + i, load(root + i), splat(v_unit[b]), draws, n);
         });
     }
 }

@@ -2,6 +2,8 @@
  * at a time. Where the last argument of a load or store is n, only the first n < W elements are touched, or all if
  * full. */
 #pragma once
+#include <utility>
+
 #include "vec.h"
 
 namespace {
@@ -112,6 +114,27 @@ inline void store_low(S* p, vu x, full) {
 }
 #endif
 
+/* The same of the vectors of a whole block. */
+template <class S>
+inline void store_low_block(S* p, const vu* x) {
+#if defined(__AVX2__) && FM_VECTOR_BYTES == 32
+    const auto pack = [&](int i) {
+        const __m256i a = bit_cast<__m256i>(x[i]), b = bit_cast<__m256i>(x[i + 1]);
+        return __is_same(S, code8) ? _mm256_packs_epi32(a, b) : _mm256_packus_epi32(a, b); /* their quarters in turn */
+    };
+    if constexpr (sizeof(S) == 1) {
+        const __m256i a = pack(0), b = pack(2), order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+        const __m256i bytes = __is_same(S, code8) ? _mm256_packs_epi16(a, b) : _mm256_packus_epi16(a, b);
+        _mm256_storeu_si256((__m256i*)p, _mm256_permutevar8x32_epi32(bytes, order));
+    } else {
+        for (int i = 0; i < kBlock / W; i += 2)
+            _mm256_storeu_si256((__m256i*)(p + i * W), _mm256_permute4x64_epi64(pack(i), 0xd8));
+    }
+#else
+    for (int i = 0; i < kBlock / W; ++i) store_low(p + i * W, x[i], full{});
+#endif
+}
+
 /* To an integer, nearest. */
 inline vi nearest(vf v) {
 #if defined(__AVX512F__)
@@ -182,14 +205,12 @@ inline vf to_scale(vu largest) {
 inline vf coder(vf scale) { return select(scale == 0.f, scale, (127 * 256) / sqrt(scale)); }
 inline vf root_coder(vf scale) { return select(scale == 0.f, scale, (255 * 65536 - 4) / sqrt(scale)); }
 
-/* Codes of x, up or down with the probability of the fraction; draws: 32 random bits. */
-template <class N>
-inline void store_codes(code8* p, vf x, vf coder, vu draws, N n) {
+/* Codes of x as the low bits of lanes, up or down with the probability of the fraction; draws: 32 random bits. */
+inline vu codes(const code8*, vf x, vf coder, vu draws) {
     const vi code = nearest(with_sign_of(sqrt(magnitude(x)) * coder, x)) + bit_cast<vi>(draws & 0xffu);
-    store_low(p, bit_cast<vu>(code >> 8), n);
+    return bit_cast<vu>(code >> 8);
 }
-template <class N>
-inline void store_codes(ucode8* p, vf x, vf coder, vu draws, N n) { /* at least 1 for x > 0 */
+inline vu codes(const ucode8*, vf x, vf coder, vu draws) { /* at least 1 for x > 0 */
 #if defined(__AVX512F__)
     const __m512 most = bit_cast<__m512>(sqrt(x) * coder);
     const __mmask16 some = _mm512_cmp_ps_mask(bit_cast<__m512>(x), _mm512_setzero_ps(), _CMP_GT_OQ);
@@ -197,26 +218,32 @@ inline void store_codes(ucode8* p, vf x, vf coder, vu draws, N n) { /* at least 
 #else
     const vf code = max(sqrt(x) * coder, select(x > 0.f, splat(65536.f), splat(0.f)));
 #endif
-    store_low(p, (bit_cast<vu>(nearest(code)) + (draws & 0xffffu)) >> 16, n);
+    return (bit_cast<vu>(nearest(code)) + (draws & 0xffffu)) >> 16;
+}
+template <class C, class N>
+inline void store_codes(C* p, vf x, vf coder, vu draws, N n) {
+    store_low(p, codes(p, x, coder, draws), n);
 }
 
-/* The largest lane of each. */
-struct largest_of_two {
-    uint32_t first, second;
-};
-inline largest_of_two largest(vu a, vu b) {
-#if defined(__AVX512F__)
-    const __m512i x = bit_cast<__m512i>(a), y = bit_cast<__m512i>(b);
-    __m512i both = _mm512_max_epu32(_mm512_shuffle_i64x2(x, y, 0x44), _mm512_shuffle_i64x2(x, y, 0xee));
-    both = _mm512_max_epu32(both, _mm512_shuffle_i64x2(both, both, 0xb1));
-    both = _mm512_max_epu32(both, _mm512_shuffle_epi32(both, _MM_PERM_ENUM(0x4e)));
-    both = _mm512_max_epu32(both, _mm512_shuffle_epi32(both, _MM_PERM_ENUM(0xb1)));
-    return {uint32_t(_mm_cvtsi128_si32(_mm512_castsi512_si128(both))),
-            uint32_t(_mm_cvtsi128_si32(_mm512_extracti32x4_epi32(both, 2)))};
-#else
-    const auto larger = [](auto s, auto t) { return s > t ? s : t; };
-    return {fold<W, uint32_t>(a, larger), fold<W, uint32_t>(b, larger)};
-#endif
+inline vu larger(vu a, vu b) { return a > b ? a : b; }
+
+/* Groups of G lanes of a and b in turn: the larger of the lower and of the higher halves of what was 2 G lanes. */
+template <int G, size_t... I>
+inline vu larger_halves(vu a, vu b, std::index_sequence<I...>) {
+    return larger(__builtin_shufflevector(a, b, (I / G % 2 * W + I / (2 * G) * (2 * G) + I % G)...),
+                  __builtin_shufflevector(a, b, (I / G % 2 * W + I / (2 * G) * (2 * G) + I % G + G)...));
+}
+/* Lane i: the largest lane of rows[i], of W rows. */
+template <int G = 1>
+inline vu largest_lanes(const vu* rows) {
+    if constexpr (G == W) {
+        return rows[0];
+    } else {
+        vu halves[W / (2 * G)];
+        for (int i = 0; i < W / (2 * G); ++i)
+            halves[i] = larger_halves<G>(rows[2 * i], rows[2 * i + 1], std::make_index_sequence<W>{});
+        return largest_lanes<2 * G>(halves);
+    }
 }
 /* f(b, full{}) for each whole block of n elements, then f(b, rest) for the last rest < 32. */
 template <class F>
@@ -234,6 +261,5 @@ template <class F>
 inline void each_of_block(int64_t size, F f) {
     each_vector(size, f);
 }
-inline vu larger(vu a, vu b) { return a > b ? a : b; }
 
 }  // namespace

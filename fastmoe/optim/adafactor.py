@@ -75,7 +75,13 @@ class Adafactor(Optimizer):
         return tensors
 
     def update(
-        self, params: list[torch.Tensor], grads: list[torch.Tensor], states: list[dict], group: dict, grad_scale: float
+        self,
+        params: list[torch.Tensor],
+        grads: list[torch.Tensor],
+        states: list[dict],
+        group: dict,
+        grad_scale: float,
+        memo: dict | None = None,
     ) -> None:
         of = lambda name: [state.get(name) for state in states]
         ops.adafactor_step(

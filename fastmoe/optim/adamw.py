@@ -1,17 +1,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 
 import torch
 
 from fastmoe import ops
+from fastmoe.ops.adamw import Memo
 from fastmoe.ops.quantize import quantize, scales_shape
 from fastmoe.optim.states import MASTERS, STATE_DTYPES, Layout, Optimizer, check_rule, local, rounding_key
 
 HALVES = {torch.bfloat16, torch.float16}
 _is_sparse, _dtype = attrgetter("is_sparse"), attrgetter("dtype")
-_STATES = ("exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale", "master")
 
 
 class AdamW(Optimizer):
@@ -116,14 +116,29 @@ class AdamW(Optimizer):
         return state
 
     def update(
-        self, params: list[torch.Tensor], grads: list[torch.Tensor], states: list[dict], group: dict, grad_scale: float
+        self,
+        params: list[torch.Tensor],
+        grads: list[torch.Tensor],
+        states: list[dict],
+        group: dict,
+        grad_scale: float,
+        memo: dict | None = None,
     ) -> None:
         decay = 1 - group["lr"] * group["weight_decay"]
         group["decay_product"] *= decay
-        lists = [params, grads, *([state.get(name) for state in states] for name in _STATES)]
+        kept = {
+            "exp_avg": True,
+            "exp_avg_sq": True,
+            "exp_avg_scale": group["state_dtype"] == "int8",
+            "exp_avg_sq_scale": group["state_dtype"] == "int8",
+            "master": group["master"] is not None,
+        }
+        none = [None] * len(states)
+        lists = [[state.get(name) for state in states] if some else none for name, some in kept.items()]
+        lists = [params, grads, *lists]
         numbers = [
-            [state["step"] for state in states],
-            [rounding_key(self.seed, state["index"], state["step"]) for state in states],
+            [*map(itemgetter("step"), states)],
+            self._keys(params, states, group),
             [state.get("first_row", 0) for state in states],
             [decay] * len(states),
         ]
@@ -155,7 +170,14 @@ class AdamW(Optimizer):
             keys=keys,
             first_rows=first_rows,
             decays=decays,
+            memo=None if special or memo is None else memo.setdefault("adamw_step", Memo()),
         )
+
+    def _keys(self, params: list[torch.Tensor], states: list[dict], group: dict) -> list[int]:
+        """Of what is rounded by chance."""
+        if group["state_dtype"] == "fp32" and HALVES.isdisjoint(map(_dtype, params)):
+            return [0] * len(states)
+        return [rounding_key(self.seed, state["index"], state["step"]) for state in states]
 
     def _with_parts(
         self, special: set[int], lists: list[list], numbers: list[list], states: list[dict], group: dict

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
+from operator import attrgetter
 
 import torch
 
@@ -11,6 +12,7 @@ from fastmoe.native import PLAIN
 
 STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 MASTERS = (None, "residual8", "fp32")
+_grad = attrgetter("grad")
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name -> shape, dtype of a state tensor
 
 
@@ -26,14 +28,33 @@ class Optimizer(torch.optim.Optimizer):
     dimension 0 is sharded (FSDP2), the update is that of the whole tensor, bit for bit.
     """
 
+    def __init__(self, params: Iterable, defaults: dict):
+        self._memos: dict[int, dict] = {}  # by number of the group
+        super().__init__(params, defaults)
+
+    def __getstate__(self) -> dict:
+        return {**super().__getstate__(), "seed": self.seed}
+
+    def __setstate__(self, state: dict) -> None:
+        self._memos = {}
+        super().__setstate__(state)
+
     def layout(self, param: torch.Tensor, group: dict) -> Layout:
         """The state tensors of a parameter beside its step."""
         raise NotImplementedError
 
     def update(
-        self, params: list[torch.Tensor], grads: list[torch.Tensor], states: list[dict], group: dict, grad_scale: float
+        self,
+        params: list[torch.Tensor],
+        grads: list[torch.Tensor],
+        states: list[dict],
+        group: dict,
+        grad_scale: float,
+        memo: dict | None = None,
     ) -> None:
-        """Updates parameters and states in place; states[i]["step"] counts this update already."""
+        """Updates parameters and states in place; states[i]["step"] counts this update already. memo: to keep what the
+        next update of the group may use again.
+        """
         raise NotImplementedError
 
     def new_state(self, param: torch.Tensor, group: dict, index: int, make: Callable = torch.zeros) -> dict:
@@ -55,22 +76,21 @@ class Optimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         index = 0
-        for group in self.param_groups:
-            params, grads, states = [], [], []
-            for param in group["params"]:
-                grad = param.grad
-                if grad is not None:
-                    state = self.state[param]
-                    if not state:
-                        state = self.state[param] = self.new_state(param, group, index)
-                    state["step"] += 1
-                    params.append(param)
-                    grads.append(grad)
-                    states.append(state)
-                index += 1
+        for number, group in enumerate(self.param_groups):
+            params, grads = group["params"], [*map(_grad, group["params"])]
+            places = [i for i, grad in enumerate(grads) if grad is not None]
+            if len(places) < len(params):
+                params, grads = [params[i] for i in places], [grads[i] for i in places]
+            states = [*map(self.state.get, params)]  # long lists: one pass for each thing that is looked at
+            for i, state in enumerate(states):
+                if not state:
+                    states[i] = self.state[params[i]] = self.new_state(params[i], group, index + places[i])
+            for state in states:
+                state["step"] += 1
+            index += len(group["params"])
             if not set(map(type, params)) <= PLAIN:
                 params, grads = [*map(local, params)], [*map(local, grads)]
-            self.update(params, grads, states, group, grad_scale)
+            self.update(params, grads, states, group, grad_scale, self._memos.setdefault(number, {}))
         return loss
 
     @torch.no_grad()

@@ -55,7 +55,7 @@ class Result:
     seconds: float  # of training, over all resumes, evaluations while training included
     checkpoint: Path | None  # the newest; None when a signal came before the first step
     signal: int | None = None  # that ended the run
-    heldout: float | None = None  # bits per token (per byte for byte tokens) on the held-out split, or config.eval.final_tokens of it
+    heldout: float | None = None  # bits per token (per byte for byte tokens) held out, all or eval.final_tokens of them
     order2: float | None = None  # the same of the order-2 model; None unless tokens are bytes
     sample: str = ""
     report: Path | None = None
@@ -326,7 +326,7 @@ class _Run:
     def _finish(self) -> Result:
         note = self.metrics.note
         whole, some = sum(map(len, self.heldout.shards)), self.config.eval.final_tokens
-        note(f"evaluating on {some:,} of {whole:,} held-out tokens" if some else f"evaluating on all {whole:,} held-out tokens")
+        note(f"evaluating on {f'{some:,} of' if some else 'all'} {whole:,} held-out tokens")
         heldout = self._evaluate(some, stop=lambda: self.signals.received is not None)
         if self.signals.received:
             return self._stopped()

@@ -185,6 +185,70 @@ def test_the_seed_decides_the_rounding():
     assert not all(torch.equal(a, b) for a, b in zip(results[0], results[2]))
 
 
+@pytest.mark.parametrize(
+    "change", ["weights move", "weights become bfloat16", "a moment is replaced", "a gradient is transposed", "nothing"]
+)
+def test_tensors_that_change_between_steps_are_seen(change):
+    """The steps before have left notes about the tensors."""
+    tensors = params()
+    optimizer = AdamW(tensors, lr=0.1)
+    for step in range(1, 4):
+        set_grads(tensors, step)
+        optimizer.step()
+    before = tensors[0].data
+    was = before.clone()
+    if change == "weights move":
+        tensors[0].data = before.clone()
+    elif change == "weights become bfloat16":
+        for p in tensors:
+            p.data = p.data.bfloat16()
+    elif change == "a moment is replaced":
+        optimizer.state[tensors[0]]["exp_avg"] = torch.ones(33, 7)
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in tensors]
+    twin = AdamW(twins, lr=0.1)
+    twin.load_state_dict(optimizer.state_dict())
+    for p in (tensors, twins):
+        set_grads(p, 4)
+        if change == "a gradient is transposed":
+            p[0].grad = p[0].grad.t().contiguous().t()
+    optimizer.step()
+    twin.step()
+    for p, other in zip(tensors, twins):
+        testing.assert_bit_equal(p.detach(), other.detach())
+        for name in ("exp_avg", "exp_avg_sq"):
+            testing.assert_bit_equal(optimizer.state[p][name], twin.state[other][name])
+    if change == "weights move":
+        assert torch.equal(before, was), "what the parameter no longer holds is left alone"
+
+
+def test_a_gradient_that_does_not_fit_is_refused_after_good_ones():
+    tensors = params()
+    optimizer = AdamW(tensors)
+    for step in range(1, 3):
+        set_grads(tensors, step)
+        optimizer.step()
+    for p in tensors[:2]:
+        p.data = p.data.double()
+    with pytest.raises((TypeError, ValueError), match=r"fastmoe.adamw_step: \w+\[\d\]"):
+        optimizer.step()
+
+
+def test_a_copy_goes_on_by_itself():
+    tensors = params(torch.bfloat16)
+    optimizer = AdamW(tensors, lr=0.1, state_dtype="int8", seed=5)
+    set_grads(tensors, 1)
+    optimizer.step()
+    copied, twin = copy.deepcopy((tensors, optimizer))
+    set_grads(copied, 2)
+    set_grads(tensors, 2)
+    before = [p.clone() for p in tensors]
+    twin.step()
+    assert all(map(torch.equal, tensors, before))
+    optimizer.step()
+    for p, other in zip(tensors, copied):
+        testing.assert_bit_equal(p.detach(), other.detach())
+
+
 @pytest.mark.parametrize("state_dtype", ["fp32", "bf16", "fp16", "int8"])
 def test_takes_over_from_torch(state_dtype):
     ours, theirs = params(), params()
