@@ -118,8 +118,8 @@ void update(P p, const S* grad, code8* m, ucode8* v, bf16* m_scales, bf16* v_sca
                 const int64_t i = b * kBlock + j * W;
                 draws[j] = random_bits(columns, row);
                 weight[j] = new_weight(i, full{});
-                m_codes[j] = codes(m, load(mean + i), splat(m_unit[b]), draws[j]);
-                v_codes[j] = codes(v, load(root + i), splat(v_unit[b]), draws[j]);
+                m_codes[j] = to_codes(m, load(mean + i), splat(m_unit[b]), draws[j]);
+                v_codes[j] = to_codes(v, load(root + i), splat(v_unit[b]), draws[j]);
             }
             p.store_block(first + b * kBlock, weight, draws);
             store_low_block(m + first + b * kBlock, m_codes);

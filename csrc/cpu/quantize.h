@@ -206,11 +206,11 @@ inline vf coder(vf scale) { return select(scale == 0.f, scale, (127 * 256) / sqr
 inline vf root_coder(vf scale) { return select(scale == 0.f, scale, (255 * 65536 - 4) / sqrt(scale)); }
 
 /* Codes of x as the low bits of lanes, up or down with the probability of the fraction; draws: 32 random bits. */
-inline vu codes(const code8*, vf x, vf coder, vu draws) {
+inline vu to_codes(const code8*, vf x, vf coder, vu draws) {
     const vi code = nearest(with_sign_of(sqrt(magnitude(x)) * coder, x)) + bit_cast<vi>(draws & 0xffu);
     return bit_cast<vu>(code >> 8);
 }
-inline vu codes(const ucode8*, vf x, vf coder, vu draws) { /* at least 1 for x > 0 */
+inline vu to_codes(const ucode8*, vf x, vf coder, vu draws) { /* at least 1 for x > 0 */
 #if defined(__AVX512F__)
     const __m512 most = bit_cast<__m512>(sqrt(x) * coder);
     const __mmask16 some = _mm512_cmp_ps_mask(bit_cast<__m512>(x), _mm512_setzero_ps(), _CMP_GT_OQ);
@@ -222,7 +222,7 @@ inline vu codes(const ucode8*, vf x, vf coder, vu draws) { /* at least 1 for x >
 }
 template <class C, class N>
 inline void store_codes(C* p, vf x, vf coder, vu draws, N n) {
-    store_low(p, codes(p, x, coder, draws), n);
+    store_low(p, to_codes(p, x, coder, draws), n);
 }
 
 inline vu larger(vu a, vu b) { return a > b ? a : b; }
