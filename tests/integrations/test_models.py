@@ -38,11 +38,15 @@ def test_logits_loss_and_every_gradient(name, save):
 
 @every_model
 def test_one_token(name):
+    """With one key the gradients of queries and keys are what rounding leaves of 0, which differs between machines."""
+    scores = ("q_proj", "k_proj", "q_norm", "k_norm", "q_a_", "q_b_")
+
     def run(model):  # no next token to learn from
         model.zero_grad()
         logits = model(tokens(1, 1)).logits
-        logits.square().mean().backward()
-        return {"logits": logits.detach(), **gradients(model)}
+        (logits * torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))).sum().backward()
+        grads = gradients(model)
+        return {"logits": logits.detach(), **{n: g for n, g in grads.items() if not any(s in n for s in scores)}}
 
     same_as_eager(build(name), run)
 
