@@ -75,13 +75,7 @@ class Adafactor(Optimizer):
         return tensors
 
     def update(
-        self,
-        params: list[torch.Tensor],
-        grads: list[torch.Tensor],
-        states: list[dict],
-        group: dict,
-        grad_scale: float,
-        memo: dict | None = None,
+        self, params: list[torch.Tensor], grads: list[torch.Tensor], states: list[dict], group: dict, grad_scale: float
     ) -> None:
         of = lambda name: [state.get(name) for state in states]
         ops.adafactor_step(

@@ -52,6 +52,7 @@ class AdamW(Optimizer):
         seed: int = 0,
     ):
         self.seed = seed
+        self._memos: dict[int, Memo] = {}  # by id of the group
         defaults = dict(
             lr=lr,
             betas=betas,
@@ -116,13 +117,7 @@ class AdamW(Optimizer):
         return state
 
     def update(
-        self,
-        params: list[torch.Tensor],
-        grads: list[torch.Tensor],
-        states: list[dict],
-        group: dict,
-        grad_scale: float,
-        memo: dict | None = None,
+        self, params: list[torch.Tensor], grads: list[torch.Tensor], states: list[dict], group: dict, grad_scale: float
     ) -> None:
         decay = 1 - group["lr"] * group["weight_decay"]
         group["decay_product"] *= decay
@@ -170,8 +165,17 @@ class AdamW(Optimizer):
             keys=keys,
             first_rows=first_rows,
             decays=decays,
-            memo=None if special or memo is None else memo.setdefault("adamw_step", Memo()),
+            memo=None if special else self._memo(group),
         )
+
+    def __setstate__(self, state: dict) -> None:
+        self._memos = {}
+        super().__setstate__(state)
+
+    def _memo(self, group: dict) -> Memo | None:
+        """None for a group that is not one of these: its tensors come and go (fastmoe.offload)."""
+        own = any(group is other for other in self.param_groups)
+        return self._memos.setdefault(id(group), Memo()) if own else None
 
     def _keys(self, params: list[torch.Tensor], states: list[dict], group: dict) -> list[int]:
         """Of what is rounded by chance."""

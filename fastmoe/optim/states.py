@@ -28,33 +28,17 @@ class Optimizer(torch.optim.Optimizer):
     dimension 0 is sharded (FSDP2), the update is that of the whole tensor, bit for bit.
     """
 
-    def __init__(self, params: Iterable, defaults: dict):
-        self._memos: dict[int, dict] = {}  # by number of the group
-        super().__init__(params, defaults)
-
     def __getstate__(self) -> dict:
         return {**super().__getstate__(), "seed": self.seed}
-
-    def __setstate__(self, state: dict) -> None:
-        self._memos = {}
-        super().__setstate__(state)
 
     def layout(self, param: torch.Tensor, group: dict) -> Layout:
         """The state tensors of a parameter beside its step."""
         raise NotImplementedError
 
     def update(
-        self,
-        params: list[torch.Tensor],
-        grads: list[torch.Tensor],
-        states: list[dict],
-        group: dict,
-        grad_scale: float,
-        memo: dict | None = None,
+        self, params: list[torch.Tensor], grads: list[torch.Tensor], states: list[dict], group: dict, grad_scale: float
     ) -> None:
-        """Updates parameters and states in place; states[i]["step"] counts this update already. memo: to keep what the
-        next update of the group may use again.
-        """
+        """Updates parameters and states in place; states[i]["step"] counts this update already."""
         raise NotImplementedError
 
     def new_state(self, param: torch.Tensor, group: dict, index: int, make: Callable = torch.zeros) -> dict:
@@ -76,7 +60,7 @@ class Optimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         index = 0
-        for number, group in enumerate(self.param_groups):
+        for group in self.param_groups:
             params, grads = group["params"], [*map(_grad, group["params"])]
             places = [i for i, grad in enumerate(grads) if grad is not None]
             if len(places) < len(params):
@@ -90,7 +74,7 @@ class Optimizer(torch.optim.Optimizer):
             index += len(group["params"])
             if not set(map(type, params)) <= PLAIN:
                 params, grads = [*map(local, params)], [*map(local, grads)]
-            self.update(params, grads, states, group, grad_scale, self._memos.setdefault(number, {}))
+            self.update(params, grads, states, group, grad_scale)
         return loss
 
     @torch.no_grad()
