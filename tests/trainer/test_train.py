@@ -101,6 +101,16 @@ def test_tensorboard(tiny):
     assert {"lr", "grad_norm", "heldout", "perf/mfu"} <= set(events.Tags()["scalars"])
 
 
+def test_the_last_evaluation_can_take_some_of_the_tokens(tiny, capsys):
+    config = tiny(train={"steps": 1}, eval={"final_tokens": 64})
+    some = train(config)
+    batches = data.Batches(config.data.path, "heldout", 32)
+    assert f"evaluating on 64 of {sum(map(len, batches.shards)):,} held-out tokens" in capsys.readouterr().out
+    model, _ = load_run(config.run.dir)
+    losses = [model(ids, targets).loss.item() for ids, targets in batches.sweep(2, 64)]
+    assert some.heldout == pytest.approx(losses[0] / math.log(2), rel=1e-5) and len(losses) == 1
+
+
 def test_heldout_is_the_loss_over_every_predicted_byte(finished):
     config, result = finished
     model, _ = load_run(config.run.dir)
@@ -308,6 +318,7 @@ def test_resume_with_other_settings_is_refused(finished, changes, message):
         ({"train": {"device": "nope"}}, r"--train\.device must be auto or a device"),
         ({"optim": {"lr": 0.0}}, r"--optim\.lr must be positive"),
         ({"checkpoint": {"keep": 0}}, r"--checkpoint\.keep must be at least 1"),
+        ({"eval": {"final_tokens": 0}}, r"--eval\.final-tokens must be at least 1"),
         ({"data": {"path": "/nowhere"}}, r"--data\.path must be a folder made by"),
         ({"run": {"dir": "/proc/run"}}, r"--run\.dir must be a folder to write to"),
         ({"model": {"num_experts": 0}}, r"num_experts must be at least 1"),
