@@ -50,6 +50,7 @@ from fastmoe import jit
 from fastmoe.ops.adamw import kernels as adamw
 from fastmoe.ops.experts import kernels as experts
 from fastmoe.ops.gating import kernels as gating
+from fastmoe.ops.norm import kernels as norm
 from fastmoe.ops.permutation import kernels as permutation
 from fastmoe.ops.quantize import kernels as quantize
 from fastmoe.ops.random import kernels as random
@@ -83,7 +84,8 @@ cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 launch, JITFunction.run = JITFunction.run, compile_only
 driver.set_active(Device())
 jit.device = lambda tensor: jit.Device(shared, 132)
-kernels = {k.fn.__name__ for m in (adamw, gating, permutation, experts, quantize, random) for k in vars(m).values()
+modules = adamw, gating, norm, permutation, experts, quantize, random
+kernels = {k.fn.__name__ for m in modules for k in vars(m).values()
            if isinstance(k, JITFunction) and k.fn.__name__.endswith("_kernel")}
 make = lambda *shape, dtype=getattr(torch, dtype): torch.empty(shape, dtype=dtype, device="meta")
 E, K, D, F = 64, 8, 2048, 1024
@@ -127,6 +129,12 @@ for T, activation, pairs, transposed, save, biases in (
     layer = (activation, pairs, transposed, 1.702, 7.0, save)
     y_TD, z_RZ, z_scale = experts.moe_mlp(*inputs, *layer, False)
     experts.moe_mlp_backward(y_TD, *inputs, z_RZ, z_scale, *layer, True, True, True, True, biases, biases, False)
+for width, center, biased in ((128, False, False), (D, False, False), (D, True, True), (8192, True, True)):
+    about = f"norm of {width}, centered {center}, bias {biased}"
+    for residual in (None, make(4096, width)):
+        rows, weight_D = make(4096, width), make(width)
+        y, _, mean, rstd = norm.normalize(rows, residual, weight_D, weight_D if biased else None, 1e-6, center)
+        norm.normalize_backward(y, residual, rows, weight_D, mean, rstd, center, biased)
 for I in (2048, 2047):
     about = f"codes of rows of {I}"
     for signed, key in ((True, None), (False, 5)):

@@ -19,10 +19,10 @@ def no_wish(monkeypatch):
 
 def test_reference_by_name():
     with testing.backend("norm=reference"):
-        assert select(OPS["rms_norm"], "cpu") == ("reference", "asked for by FASTMOE_BACKEND")
+        assert select(OPS["normalize"], "cpu") == ("reference", "asked for by FASTMOE_BACKEND")
         assert select(OPS["moe_mlp"], "cpu")[1] != "asked for by FASTMOE_BACKEND"
         ops.rms_norm(X, W)
-    assert OPS["rms_norm"].ran["cpu"][0] == "reference"
+    assert OPS["normalize"].ran["cpu"][0] == "reference"
 
 
 def test_a_change_of_the_wish_takes_effect_at_the_next_call():
@@ -70,7 +70,7 @@ def test_a_general_wish_leaves_out_families_that_lack_the_backend():
 
 
 def test_float64_runs_on_the_reference_only():
-    assert select(OPS["rms_norm"], "cpu", True)[0] == "reference"
+    assert select(OPS["normalize"], "cpu", True)[0] == "reference"
     assert ops.rms_norm(X.double(), W.double()).dtype == torch.float64
     if "native" in testing.backends("norm"):
         with testing.backend("norm=native"), pytest.raises(RuntimeError, match="float64 runs on the reference only"):
@@ -89,7 +89,7 @@ def test_explain_lists_every_op_and_what_ran():
         table = fastmoe.explain("cpu")
     rows = {row.split()[0]: row for row in table.splitlines()[1:]}
     assert rows.keys() == {f"{op.family}.{op.name}" for op in OPS.values()}
-    assert re.search(r"reference +asked for by FASTMOE_BACKEND +reference$", rows["norm.rms_norm"])
+    assert re.search(r"reference +asked for by FASTMOE_BACKEND +reference$", rows["norm.normalize"])
 
 
 def test_explain_of_a_gpu_names_what_is_missing():

@@ -63,8 +63,8 @@ FM_DISPATCH(fm_topk_gate_backward_cpu)
 FM_DISPATCH(fm_linear_cpu)
 FM_DISPATCH(fm_linear_backward_cpu)
 FM_DISPATCH(fm_linear_cross_entropy_cpu)
-FM_DISPATCH(fm_rms_norm_cpu)
-FM_DISPATCH(fm_rms_norm_backward_cpu)
+FM_DISPATCH(fm_normalize_cpu)
+FM_DISPATCH(fm_normalize_backward_cpu)
 FM_DISPATCH(fm_build_routing_cpu)
 FM_DISPATCH(fm_build_routing_from_experts_cpu)
 FM_DISPATCH(fm_permute_cpu)
@@ -120,4 +120,4 @@ int64_t fm_linear_cross_entropy_workspace(int64_t T, int64_t V, int num_threads)
 int64_t fm_topk_gate_workspace(int64_t E, int num_threads) {
     return num_threads * fm_workspace::Gate(nullptr, E).floats;
 }
-int64_t fm_rms_norm_backward_workspace(int64_t T, int64_t D) { return (T < 64 * 256 ? (T + 63) / 64 : 256) * D; }
+int64_t fm_normalize_backward_workspace(int64_t T, int64_t D) { return (T < 64 * 256 ? (T + 63) / 64 : 256) * 2 * D; }

@@ -64,15 +64,25 @@ class Block(nn.Module):
         )
 
     def forward(
-        self, x_BSD: torch.Tensor, cache: KVCache | None, layer: int, inputs: RouterInputs
-    ) -> tuple[torch.Tensor, MoEOutput | None]:
-        """The new x_BSD, and what an MoE layer says beside its y, which is left out."""
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cache, layer)
-        h_BSD = self.feed_forward_norm(x_BSD)
+        self,
+        x_BSD: torch.Tensor,
+        last_BSD: torch.Tensor | None,
+        cache: KVCache | None,
+        layer: int,
+        inputs: RouterInputs,
+    ) -> tuple[torch.Tensor, torch.Tensor, MoEOutput | None]:
+        """last_BSD is to be added to x_BSD first, with which the norm is one pass; None: nothing. Returns the sum
+        before the feed-forward, what that gives and is to be added, and what an MoE layer says beside its y.
+        """
+        if last_BSD is None:
+            h_BSD = self.attention_norm(x_BSD)
+        else:
+            h_BSD, x_BSD = self.attention_norm.add(last_BSD, x_BSD)
+        h_BSD, x_BSD = self.feed_forward_norm.add(self.attention(h_BSD, cache, layer), x_BSD)
         if not isinstance(self.feed_forward, MoE):
-            return x_BSD + self.feed_forward(h_BSD), None
+            return x_BSD, self.feed_forward(h_BSD), None
         out = self.feed_forward(h_BSD, inputs)
-        return x_BSD + out.y, out._replace(y=None)
+        return x_BSD, out.y, out._replace(y=None)
 
 
 def router_options(config: ModelConfig) -> dict[str, object]:
@@ -147,7 +157,7 @@ class Transformer(nn.Module):
             )
         x_BSD = nn.functional.embedding(ids_BS, self.embedding)
         inputs = inputs._replace(token_ids_T=ids_BS.reshape(-1))
-        routed = []
+        routed, last_BSD = [], None
         recompute = self.checkpointed and torch.is_grad_enabled()
         context_fn = partial(create_selective_checkpoint_contexts, _save_routing)
         for i, block in enumerate(self.layers):
@@ -155,12 +165,14 @@ class Transformer(nn.Module):
             if replay is not None and i in self.moe_layers:
                 given = given._replace(replay_ids_TK=replay[len(routed)])
             if recompute:
-                x_BSD, out = checkpoint(block, x_BSD, cache, i, given, use_reentrant=False, context_fn=context_fn)
+                x_BSD, last_BSD, out = checkpoint(
+                    block, x_BSD, last_BSD, cache, i, given, use_reentrant=False, context_fn=context_fn
+                )
             else:
-                x_BSD, out = block(x_BSD, cache, i, given)
+                x_BSD, last_BSD, out = block(x_BSD, last_BSD, cache, i, given)
             if out is not None:
                 routed.append(out)
-        x_BSD = self.norm(x_BSD)
+        x_BSD, _ = self.norm.add(last_BSD, x_BSD)
         loss = logits_BSV = None
         if targets_BS is not None:
             loss = ops.linear_cross_entropy(x_BSD.flatten(0, 1), self.head, targets_BS.flatten())

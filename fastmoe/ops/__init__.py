@@ -8,7 +8,7 @@ from fastmoe.ops.experts import moe_mlp
 from fastmoe.ops.gating import topk_gate
 from fastmoe.ops.gemm import linear
 from fastmoe.ops.loss import linear_cross_entropy
-from fastmoe.ops.norm import rms_norm
+from fastmoe.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from fastmoe.ops.permutation import (
     Routing,
     build_routing,
@@ -24,12 +24,15 @@ __all__ = [
     "Routing",
     "adafactor_step",
     "adamw_step",
+    "add_layer_norm",
+    "add_rms_norm",
     "attention",
     "attention_with_lse",
     "balanced_assignment",
     "build_routing",
     "build_routing_from_experts",
     "dequantize",
+    "layer_norm",
     "linear",
     "linear_cross_entropy",
     "moe_mlp",

@@ -7,42 +7,57 @@ import torch
 from fastmoe.native import _C, dtype_code, empty, num_threads, ptr
 
 
-def _served(weight_D, x):
-    """The weight in x's dtype or float32 (under autocast it may come in another)."""
-    return weight_D.contiguous() if weight_D.dtype == x.dtype else weight_D.float().contiguous()
+def _served(tensor_D, x):
+    """A weight or bias in x's dtype or float32 (under autocast it may come in another)."""
+    if tensor_D is None:
+        return None
+    return tensor_D.contiguous() if tensor_D.dtype == x.dtype else tensor_D.float().contiguous()
 
 
-def rms_norm(x, weight_D, eps):
-    x, weight_D = x.contiguous(), _served(weight_D, x)
-    D = x.shape[-1]
-    y, rstd = empty(*x.shape, dtype=x.dtype), torch.empty(x.shape[:-1])
-    _C.rms_norm(
-        ptr(x),
+def normalize(x, residual, weight_D, bias_D, eps, center):
+    rows = (x if residual is None else residual).contiguous()
+    weight_D, bias_D = _served(weight_D, rows), _served(bias_D, rows)
+    y, rstd = empty(*rows.shape, dtype=rows.dtype), torch.empty(rows.shape[:-1])
+    mean = torch.empty(rows.shape[:-1] if center else 0)
+    total = torch.empty(0, dtype=rows.dtype) if residual is None else empty(*rows.shape, dtype=rows.dtype)
+    if residual is not None:
+        x = x.to(rows.dtype).contiguous()
+    _C.normalize(
+        ptr(rows if residual is None else x),
+        0 if residual is None else ptr(rows),
         ptr(weight_D),
+        ptr(bias_D),
+        0 if residual is None else ptr(total),
         ptr(y),
+        ptr(mean) if center else 0,
         ptr(rstd),
         rstd.numel(),
-        D,
+        rows.shape[-1],
         eps,
-        dtype_code(x),
+        dtype_code(rows),
         dtype_code(weight_D),
         num_threads(),
     )
-    return y, rstd
+    return y, total, mean, rstd
 
 
-def rms_norm_backward(dy, x, weight_D, rstd):
-    dy, x, rstd = dy.to(x.dtype).contiguous(), x.contiguous(), rstd.contiguous()
+def normalize_backward(dy, dsum, x, weight_D, mean, rstd, center, bias):
+    dy, x, mean, rstd = dy.to(x.dtype).contiguous(), x.contiguous(), mean.contiguous(), rstd.contiguous()
+    dsum = None if dsum is None else dsum.to(x.dtype).contiguous()
     served_D, D, T = _served(weight_D, x), x.shape[-1], rstd.numel()
     dx, dweight_D = empty(*x.shape, dtype=x.dtype), torch.empty_like(served_D)
-    workspace = torch.empty(_C.rms_norm_backward_workspace(T, D))
-    _C.rms_norm_backward(
+    dbias_D = torch.empty_like(served_D) if bias else served_D.new_empty(0)
+    workspace = torch.empty(_C.normalize_backward_workspace(T, D))
+    _C.normalize_backward(
         ptr(dy),
+        ptr(dsum),
         ptr(x),
         ptr(served_D),
+        ptr(mean) if center else 0,
         ptr(rstd),
         ptr(dx),
         ptr(dweight_D),
+        ptr(dbias_D) if bias else 0,
         ptr(workspace),
         T,
         D,
@@ -50,4 +65,4 @@ def rms_norm_backward(dy, x, weight_D, rstd):
         dtype_code(served_D),
         num_threads(),
     )
-    return dx, dweight_D.to(weight_D.dtype)
+    return dx, dweight_D.to(weight_D.dtype), dbias_D.to(weight_D.dtype)
