@@ -115,6 +115,14 @@ class MemoryConfig:
 
 
 @dataclass(frozen=True)
+class MeshConfig:
+    """Ranks, as torchrun, mpirun or srun start them. Each takes its share of every batch."""
+
+    dp: int | None = None  # data-parallel ranks; None: all
+    ep: int = 1  # of these, ranks that the experts of a layer are split over
+
+
+@dataclass(frozen=True)
 class RunConfig:
     dir: str = "runs/tiny"  # metrics, checkpoints and the report go here
     resume: bool = False  # go on from the newest intact checkpoint in dir; with none there, start at step 0
@@ -131,6 +139,7 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
     routing: RoutingConfig = field(default_factory=RoutingConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
 
@@ -210,6 +219,12 @@ def check(config: Config) -> None:
             not memory or (train.activation_checkpointing and not train.compile),
         ),
         ("train.dtype", train.dtype, "fp32 or bf16 with --memory budgets", not memory or train.dtype != "fp16"),
+        (
+            "model.num-experts",
+            config.model.num_experts,
+            f"a multiple of --mesh.ep = {config.mesh.ep}",
+            config.mesh.ep < 1 or config.model.num_experts % config.mesh.ep == 0,
+        ),
         ("routing.record", record, "another file than --routing.replay", not record or record != replay),
     ]
     for name, value, wanted, good in rules:

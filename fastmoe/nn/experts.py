@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.functional import gelu, relu, silu
 
 from fastmoe import native, ops
+from fastmoe.comm import Group, combine, dispatch
 from fastmoe.ops import check
 from fastmoe.ops.experts import ACTIVATIONS, GATED, SAVES
 
@@ -36,15 +37,26 @@ def activate(z: torch.Tensor, activation: str, alpha: float = 1.702, limit: floa
 class _Projections(nn.Module):
     """gate_up_proj [*, 2F, D] ([*, F, D] without a gate), down_proj [*, D, F], and their biases or None."""
 
-    def __init__(self, stack, d_model, d_ff, init_std, out_std, activation, bias):
+    def __init__(self, stack, d_model, d_ff, init_std, out_std, activation, bias, group=None):
+        """group: ranks of which each has its part of the stack; drawn as the whole is."""
         super().__init__()
         check.option(type(self).__name__, "activation", activation, ACTIVATIONS)
         self.activation, z = activation, 2 * d_ff if activation in GATED else d_ff
-        gate_up, down = (native.huge_pages(torch.empty(*stack, *size)) for size in ((z, d_model), (d_model, d_ff)))
-        self.gate_up_proj = nn.Parameter(gate_up.normal_(std=init_std))
-        self.down_proj = nn.Parameter(down.normal_(std=out_std or init_std))
-        self.gate_up_bias = nn.Parameter(torch.zeros(*stack, z)) if bias else None
-        self.down_bias = nn.Parameter(torch.zeros(*stack, d_model)) if bias else None
+        rank, ranks = (group.rank, group.size) if group else (0, 1)
+
+        def drawn(*size: int, std: float) -> nn.Parameter:
+            whole = native.huge_pages(torch.empty(*stack, *size)).normal_(std=std)
+            part = whole if ranks == 1 else native.huge_pages(whole.chunk(ranks)[rank].clone())
+            return nn.Parameter(part)
+
+        self.gate_up_proj = drawn(z, d_model, std=init_std)
+        self.down_proj = drawn(d_model, d_ff, std=out_std or init_std)
+        own = (stack[0] // ranks, *stack[1:]) if stack else ()
+        self.gate_up_bias = nn.Parameter(torch.zeros(*own, z)) if bias else None
+        self.down_bias = nn.Parameter(torch.zeros(*own, d_model)) if bias else None
+        if ranks > 1:
+            for param in self.parameters():
+                param.first_row = rank * param.shape[:-1].numel()  # in the whole: fastmoe.optim rounds by it
 
 
 class Experts(_Projections):
@@ -52,6 +64,9 @@ class Experts(_Projections):
 
     gate_up_proj: [E, 2F, D], or [E, F, D] for an activation without a gate. down_proj: [E, D, F]. bias: gate_up_bias
     [E, 2F or F] and down_bias [E, D], 0 at first. activation, save: as in fastmoe.ops.moe_mlp.
+
+    group: ranks over which the experts are split evenly, E / group.size on each, experts rank * L .. on `rank`. Rows
+    then travel to their experts and back (fastmoe.comm.dispatch); all ranks must call it alike.
     """
 
     def __init__(
@@ -64,10 +79,13 @@ class Experts(_Projections):
         activation: str = "swiglu",
         bias: bool = False,
         save: str = "z",
+        group: Group | None = None,
     ):
-        super().__init__((num_experts,), d_model, d_ff, init_std, out_std, activation, bias)
+        if group and num_experts % group.size:
+            check.fail("Experts", "num_experts", f"a multiple of {group.size} (ranks of group)", num_experts)
+        super().__init__((num_experts,), d_model, d_ff, init_std, out_std, activation, bias, group)
         check.option("Experts", "save", save, SAVES)
-        self.save = save
+        self.save, self.num_experts, self.group = save, num_experts, group if group and group.size > 1 else None
         self.stds = {"gate_up_proj": init_std, "down_proj": out_std or init_std}
 
     def forward(
@@ -77,6 +95,17 @@ class Experts(_Projections):
         topk_weights_TK: torch.Tensor,
         routing: ops.Routing | None = None,
     ) -> torch.Tensor:
+        if self.group is None:
+            return self._compute(x_TD, topk_ids_TK, topk_weights_TK, routing)
+        if topk_ids_TK is None:
+            check.fail("Experts", "topk_ids_TK", "a tensor where experts are split over ranks", None)
+        if routing is not None:  # what is over the capacity stays at home
+            topk_ids_TK = topk_ids_TK.masked_fill(routing.dst_row_TK < 0, -1)
+        rows_ND, sent = dispatch(x_TD, topk_ids_TK, self.group, self.num_experts)
+        ones_N1 = torch.ones_like(sent.expert_N1, dtype=rows_ND.dtype)
+        return combine(self._compute(rows_ND, sent.expert_N1, ones_N1), sent, topk_weights_TK, self.group)
+
+    def _compute(self, x_TD, topk_ids_TK, topk_weights_TK, routing=None):
         return ops.moe_mlp(
             x_TD,
             topk_ids_TK,

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastmoe import ops
+from fastmoe.comm import Group
 from fastmoe.nn.experts import Experts, FeedForward, ModuleExperts
 from fastmoe.nn.router import NO_INPUTS, Router, RouterInputs, make_router
 from fastmoe.ops import check
@@ -38,7 +39,8 @@ class MoE(nn.Module):
     are dropped; None: the router's own (most have none), 0: all are kept. eval_capacity_factor: the same in evaluation;
     None: as capacity_factor where that is given. aux_loss_weight: of the router's balancing losses, z_loss_weight: of
     its z loss; None: the router's own. activation, bias: of fused and shared experts. save: what fused ones keep for
-    backward. All three as in Experts.
+    backward. All three as in Experts. expert_group: ranks over which fused experts are split; the router sees this
+    rank's tokens.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class MoE(nn.Module):
         z_loss_weight: float | None = None,
         init_std: float = 0.02,
         out_std: float | None = None,
+        expert_group: Group | None = None,
     ):
         super().__init__()
         check.positive("MoE", d_model=d_model, d_ff=d_ff, num_experts=num_experts)
@@ -79,7 +82,9 @@ class MoE(nn.Module):
                 check.fail("MoE", "router_options", "None beside a Router", router_options)
         self.router, self.d_model, self.num_experts = router, d_model, num_experts
         if experts is None:
-            self.experts = Experts(d_model, d_ff, num_experts, init_std, out_std, activation, bias, save)
+            self.experts = Experts(d_model, d_ff, num_experts, init_std, out_std, activation, bias, save, expert_group)
+        elif expert_group is not None and expert_group.size > 1:
+            check.fail("MoE", "experts", "None where expert_group splits them over ranks", type(experts).__name__)
         elif isinstance(experts, (Sequence, nn.ModuleList)):
             self.experts = ModuleExperts(experts)
             if len(experts) != num_experts:

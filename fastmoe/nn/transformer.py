@@ -11,9 +11,10 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from fastmoe import ops
+from fastmoe.comm import Group
 from fastmoe.config import ModelConfig
 from fastmoe.nn.attention import Attention, KVCache
-from fastmoe.nn.experts import FeedForward
+from fastmoe.nn.experts import Experts, FeedForward
 from fastmoe.nn.moe import MoE, MoEOutput
 from fastmoe.nn.norm import RMSNorm
 from fastmoe.nn.router import NO_INPUTS, RouterInputs, parse_options
@@ -32,7 +33,7 @@ class Output(NamedTuple):
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig, dense: bool):
+    def __init__(self, config: ModelConfig, dense: bool, expert_group: Group | None = None):
         super().__init__()
         out_std = config.init_std / (2 * config.num_layers) ** 0.5
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
@@ -60,6 +61,7 @@ class Block(nn.Module):
                 z_loss_weight=config.z_loss_weight,
                 init_std=config.init_std,
                 out_std=out_std,
+                expert_group=expert_group,
             )
         )
 
@@ -101,9 +103,12 @@ _ROUTING = {
 
 
 class Transformer(nn.Module):
-    """Token ids to loss or logits. Set `checkpointed` to recompute layers in backward, all but their routing."""
+    """Token ids to loss or logits. Set `checkpointed` to recompute layers in backward, all but their routing.
 
-    def __init__(self, config: ModelConfig):
+    expert_group: ranks over which the experts of every MoE layer are split; every rank has its own batch.
+    """
+
+    def __init__(self, config: ModelConfig, expert_group: Group | None = None):
         super().__init__()
         for name in ("vocab_size", "d_model", "num_layers", "num_heads", "d_ff", "d_ff_dense", "num_experts"):
             if getattr(config, name) < 1:
@@ -115,7 +120,9 @@ class Transformer(nn.Module):
             )
         self.config, self.checkpointed = config, False
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.d_model).normal_(std=config.init_std))
-        self.layers = nn.ModuleList(Block(config, dense=i < config.num_dense_layers) for i in range(config.num_layers))
+        self.layers = nn.ModuleList(
+            Block(config, i < config.num_dense_layers, expert_group) for i in range(config.num_layers)
+        )
         self.moe_layers = list(range(config.num_dense_layers, config.num_layers))
         for i in self.moe_layers:
             if not self.layers[i].feed_forward.router.causal:
@@ -205,6 +212,11 @@ class Transformer(nn.Module):
 
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
+
+    def expert_parts(self) -> dict[str, nn.Parameter]:
+        """By name the parameters of which this rank has its part, the first dimension split over expert_group."""
+        split = {f"{name}." for name, module in self.named_modules() if isinstance(module, Experts) and module.group}
+        return {name: p for name, p in self.named_parameters() if name.startswith(tuple(split))}
 
     def matrices(self) -> dict[str, nn.Parameter]:
         """The weight matrices by name, all parameters but norms and biases: what weight decay and FLOPs count."""

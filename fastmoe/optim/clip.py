@@ -4,11 +4,22 @@ from collections.abc import Iterable
 
 import torch
 
+from fastmoe.comm import Group
 
-def grad_norm(params: Iterable[torch.Tensor]) -> torch.Tensor:
+
+def grad_norm(
+    params: Iterable[torch.Tensor], parts: Iterable[torch.Tensor] = (), group: Group | None = None
+) -> torch.Tensor:
     """The 2-norm of all gradients together, a scalar tensor, float32 for gradients in 16 bits. Pass min(1, clip / norm)
     to an optimizer's step as grad_scale.
+
+    parts: parameters of which every rank of the group has its own, while all have the same params.
     """
+    norm, own = _norm(params), _norm(parts) if group is not None and group.size > 1 else None
+    return norm if own is None else (norm.square() + group.all_reduce(own.square()).to(norm.device)).sqrt()
+
+
+def _norm(params: Iterable[torch.Tensor]) -> torch.Tensor:
     grads = [p.grad for p in params if p.grad is not None]
     if any(grad.dtype in (torch.bfloat16, torch.float16) for grad in grads):
         grads = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]

@@ -123,9 +123,11 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def first_row(tensor: torch.Tensor) -> int:
-    """Where the rows of `local` begin in the whole; 0 where it is not sharded along its first dimension."""
+    """Where the rows of `local` begin in the whole; 0 where it is not sharded along its first dimension. A plain tensor
+    says so by an attribute of this name.
+    """
     if not _is_sharded(tensor):
-        return 0
+        return getattr(tensor, "first_row", 0)
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)

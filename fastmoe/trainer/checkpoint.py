@@ -13,14 +13,15 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from fastmoe.comm import Group, LocalGroup, Ranks
 from fastmoe.offload import Engine
-from fastmoe.optim.states import Layout, Optimizer
+from fastmoe.optim.states import Layout, Optimizer, first_row
 
 SHARD_BYTES = 1 << 30
 _STEP = re.compile(r"step-(\d{8,})")
@@ -39,28 +40,41 @@ def save(
     state: dict,
     keep: int,
     engine: Engine | None = None,
+    ranks: Ranks | None = None,
 ) -> Path:
     """Commits `<folder>/step-<step>` and then removes all but the `keep` newest. Returns its path.
 
     state: JSON-able; step, optimizer scalars and random states are added. A tensor that the model holds under several
-    names is written once. engine: of the model, where it has one; a unit of it is in memory at a time. CheckpointError
-    where the disk refuses (full, read-only, broken): the checkpoints already there stay as they are.
+    names is written once. engine: of the model, where it has one; a unit of it is in memory at a time. ranks: all must
+    call it; the first writes, and gets the parts of the others tensor by tensor. CheckpointError, on every rank, where
+    the disk refuses (full, read-only, broken): the checkpoints already there stay as they are.
     """
     folder = Path(folder)
     final = folder / f"step-{step:08d}"
     temporary = folder / f"{_TEMPORARY}{final.name}"
     scalars: dict[str, dict] = {}
-    whole = engine.walk if engine else lambda: [_in_memory(model, optimizer)]
+    ranks = ranks or Ranks()
+    parts = model.expert_parts() if ranks.expert.size > 1 else {}
+    whole = engine.walk if engine else lambda: _in_memory(model, optimizer, parts, ranks.expert)
     groups = ("model", _weights(model, whole())), ("optimizer", _moments(whole(), scalars))
+    if not ranks.first:
+        if ranks.rank < ranks.expert.size:  # its parts are those that are written
+            for _, tensors in groups:
+                for _ in tensors:
+                    pass
+        if ranks.agree(0):
+            raise CheckpointError(f"fastmoe.checkpoint: the first rank could not write {final}")
+        return final
     rng = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         rng |= {f"cuda.{i}": rng_state for i, rng_state in enumerate(torch.cuda.get_rng_state_all())}
+    failed = None
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         files = {}
-        for prefix, parts in (*groups, ("rng", [rng])):
-            for n, shard in enumerate((shard for part in parts for shard in _shards(part)), 1):
+        for prefix, pieces in (*groups, ("rng", [rng])):
+            for n, shard in enumerate((shard for piece in pieces for shard in _shards(piece)), 1):
                 files |= _write_tensors(temporary / f"{prefix}-{n:05d}.safetensors", shard)
         files |= _write_json(temporary / "state.json", {**state, "step": step, "optimizer": scalars})
         _write_json(temporary / "manifest.json", {"format": 1, "files": files})
@@ -70,11 +84,17 @@ def save(
         temporary.rename(final)
         _sync_folder(folder)
     except OSError as error:
+        failed = error
         shutil.rmtree(temporary, ignore_errors=True)
+        for _, tensors in groups:  # the others send all the same
+            for _ in tensors:
+                pass
+    ranks.agree(failed is not None)
+    if failed:
         raise CheckpointError(
-            f"fastmoe.checkpoint: cannot write {final}: {error.strerror or error}; "
+            f"fastmoe.checkpoint: cannot write {final}: {failed.strerror or failed}; "
             f"the checkpoints already there are intact"
-        ) from error
+        ) from failed
     for path in steps(folder)[:-keep]:
         _remove(path)
     return final
@@ -170,18 +190,32 @@ def load_model(path: str | Path, model: nn.Module) -> None:
             tensor.copy_(given[name].get_tensor(name))
 
 
-def load_training(path: str | Path, model: nn.Module, optimizer: Optimizer, engine: Engine | None = None) -> None:
-    """Restores weights, optimizer states and random states from an intact checkpoint; an engine's by units.
+def load_training(
+    path: str | Path, model: nn.Module, optimizer: Optimizer, engine: Engine | None = None, group: Group | None = None
+) -> None:
+    """Restores weights, optimizer states and random states from an intact checkpoint; an engine's by units. group: of
+    the ranks that have the experts in parts, however many had when it was written.
 
     CheckpointError where weights or states are kept otherwise than there: another dtype or shape, another optimizer's.
     """
-    state, tensors, weights = read_state(path), _stored(path, "optimizer"), _stored_weights(path, model)
+    group = group or LocalGroup()
+    parts = set(model.expert_parts()) if group.size > 1 else set()
+    state, tensors, weights = read_state(path), _stored(path, "optimizer"), _stored_weights(path, model, parts, group)
+
+    def own(file, key: str, name: str) -> torch.Tensor:
+        """Of a tensor that belongs to parameter `name` what this rank has of it."""
+        if name not in parts:
+            return file.get_tensor(key)
+        stored = file.get_slice(key)
+        share = stored.get_shape()[0] // group.size
+        return stored[group.rank * share : (group.rank + 1) * share]
+
     groups = ((parameter, group) for group in optimizer.param_groups for parameter in group["params"])
     places = {parameter: (index, group) for index, (parameter, group) in enumerate(groups)}
     wanted = _model_state(model)
 
     def weight(name: str) -> torch.Tensor:
-        stored = weights[name].get_tensor(name)
+        stored = own(weights[name], name, name)
         if stored.dtype != wanted[name].dtype:
             raise CheckpointError(
                 f"fastmoe.checkpoint: {name} in {path} must be {wanted[name].dtype} as in the model, got {stored.dtype}"
@@ -194,14 +228,14 @@ def load_training(path: str | Path, model: nn.Module, optimizer: Optimizer, engi
         if entry is None:
             return {}
         index, group = places[wanted[name]]
-        stored = {key: tensors[f"{name}:{key}"].get_tensor(f"{name}:{key}") for key in entry["tensors"]}
+        stored = {key: own(tensors[f"{name}:{key}"], f"{name}:{key}", name) for key in entry["tensors"]}
         layout, got = optimizer.layout(wanted[name], group), {k: (tuple(t.shape), t.dtype) for k, t in stored.items()}
         if got != layout:
             raise CheckpointError(
                 f"fastmoe.checkpoint: the optimizer states of {name} in {path} must be {_describe(layout)}, got "
                 f"{_describe(got)}"
             )
-        return {"index": index, **entry["scalars"], **stored}
+        return {"index": index, **entry["scalars"], "first_row": first_row(wanted[name]), **stored}
 
     with torch.no_grad():
         for name, tensor in wanted.items():
@@ -243,8 +277,25 @@ def _describe(layout: Layout) -> str:
 Whole = Iterable[dict[str, tuple[torch.Tensor, dict]]]  # by name of a parameter its weights and its optimizer state
 
 
-def _in_memory(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tuple[torch.Tensor, dict]]:
-    return {name: (param.detach(), optimizer.state.get(param, {})) for name, param in model.named_parameters()}
+def _in_memory(
+    model: nn.Module, optimizer: torch.optim.Optimizer, parts: Mapping[str, torch.Tensor], group: Group
+) -> Whole:
+    """What the group's ranks have in parts is put together, about a shard's worth at a time."""
+    piece, size = {}, 0
+    for name, param in model.named_parameters():
+        weight, state = param.detach(), optimizer.state.get(param, {})
+        if name in parts:
+            weight = group.all_gather(weight).flatten(0, 1)
+            state = {
+                key: group.all_gather(value).flatten(0, 1) if isinstance(value, torch.Tensor) else value
+                for key, value in state.items()
+            }
+            size += weight.nbytes
+        piece[name] = weight, state
+        if size > SHARD_BYTES:
+            yield piece
+            piece, size = {}, 0
+    yield piece
 
 
 def _weights(model: nn.Module, whole: Whole) -> Iterator[dict[str, torch.Tensor]]:
@@ -306,8 +357,10 @@ def _stored(path: str | Path, prefix: str) -> dict:
     return {name: file for file in files for name in file.keys()}  # noqa: SIM118
 
 
-def _stored_weights(path: str | Path, model: nn.Module) -> dict:
-    """As _stored; CheckpointError where the model has other tensors."""
+def _stored_weights(
+    path: str | Path, model: nn.Module, parts: Collection[str] = (), group: Group | None = None
+) -> dict:
+    """As _stored; CheckpointError where the model has other tensors. parts: the model has its share of these alone."""
     wanted, given = _model_state(model), _stored(path, "model")
     for name in sorted(wanted.keys() ^ given.keys()):
         where = "the model" if name in given else "the checkpoint"
@@ -316,6 +369,8 @@ def _stored_weights(path: str | Path, model: nn.Module) -> dict:
         )
     for name, tensor in wanted.items():
         shape = tuple(given[name].get_slice(name).get_shape())
+        if name in parts and shape and shape[0] % group.size == 0:
+            shape = shape[0] // group.size, *shape[1:]
         if tensor.shape != shape:
             raise CheckpointError(
                 f"fastmoe.checkpoint: {name} in {path} must have the model's shape {tuple(tensor.shape)}, got {shape}"

@@ -128,6 +128,16 @@ def read(path: str | Path, last_step: int | None = None) -> list[dict]:
     return records
 
 
+class Quiet:
+    """In place of Metrics on the ranks that leave writing to the first."""
+
+    def record(self, record: dict) -> None: ...
+    def note(self, text: str) -> None: ...
+    def amend(self, step: int, **values) -> None: ...
+    def sync(self) -> None: ...
+    def close(self) -> None: ...
+
+
 class Metrics:
     """Writes every record to `<run_dir>/metrics.jsonl` and shows them as they come.
 

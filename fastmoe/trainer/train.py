@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ import torch
 
 from fastmoe import config as configs
 from fastmoe import native, offload
+from fastmoe.comm import Ranks, launched, reduce_gradients
 from fastmoe.config import Config
 from fastmoe.nn import RouterInputs, Transformer
 from fastmoe.nn.router import HashRouter
@@ -29,6 +30,7 @@ from fastmoe.optim.schedule import cosine
 from fastmoe.trainer import alarms, checkpoint, data, metrics, routing
 from fastmoe.trainer.generate import generate, printable
 from fastmoe.trainer.report import report
+from fastmoe.version import __version__
 
 # Model settings that a resumed run may change; all others define the function that the weights belong to.
 _FREE = {
@@ -71,8 +73,40 @@ def train(config: Config) -> Result:
     """
     configs.check(config)
     device = _device(config.train.device)
+    with launched(config.mesh.dp, config.mesh.ep, device.type) as ranks:
+        if ranks.world.size == 1:
+            return _train(config, device, ranks)
+        _check_ranks(config, ranks)
+        if device == torch.device("cuda"):
+            device = torch.device("cuda", torch.cuda.current_device())
+        with open(os.devnull, "w") as nowhere, nullcontext() if ranks.first else redirect_stdout(nowhere):
+            return _train(config, device, ranks)
+
+
+def _check_ranks(config: Config, ranks: Ranks) -> None:
+    """ValueError, on all ranks alike, for what several cannot do."""
+    train, share = config.train, ranks.mesh.dp * config.train.grad_accumulation
+    own = hashlib.sha256(json.dumps([__version__, asdict(config)], sort_keys=True).encode()).digest()[:7]
+    digests = ranks.gather(int.from_bytes(own, "big"))
+    others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    rules = [
+        ("all ranks", f"have the settings and version of rank 0, ranks {others} have others", not others),
+        (
+            f"--train.batch-size = {train.batch_size}",
+            f"be a multiple of {share} (dp x --train.grad-accumulation)",
+            train.batch_size % share == 0,
+        ),
+        ("--memory", "be left out with several ranks", not config.memory.budgets()),
+        ("--routing", "be left out with several ranks", not (config.routing.record or config.routing.replay)),
+    ]
+    for name, wanted, good in rules:
+        if not good:
+            raise ValueError(f"fastmoe.train: {name} must {wanted}")
+
+
+def _train(config: Config, device: torch.device, ranks: Ranks) -> Result:
     run_dir = Path(config.run.dir)
-    with _Signals() as signals, _run_dir(run_dir):
+    with _Signals() as signals, _run_dir(run_dir) if ranks.first else nullcontext():
         folder = Path(config.data.path) if config.data.path else data.default_corpus()
         settings = config.train.seq_len, config.train.seed, config.model.vocab_size
         domains = config.model.router == "domain"
@@ -82,7 +116,7 @@ def train(config: Config) -> Result:
                 f"fastmoe.train: --model.num-experts must be at least {len(batches.meta['domains'])}, the domains of "
                 f"{folder}, got {config.model.num_experts}"
             )
-        return _Run(config, device, run_dir, batches, heldout, signals).train()
+        return _Run(config, device, run_dir, batches, heldout, signals, ranks).train()
 
 
 class _Run:
@@ -94,7 +128,9 @@ class _Run:
         batches: data.Batches,
         heldout: data.Batches,
         signals: _Signals,
+        ranks: Ranks,
     ):
+        self.ranks = ranks
         self.config, self.device, self.run_dir, self.signals = config, device, run_dir, signals
         self.batches, self.heldout = batches, heldout
         self.byte_tokens = batches.meta["tokenizer"] == "byte"
@@ -105,7 +141,9 @@ class _Run:
         self.model = self.engine.model if self.engine else self._make_model().to(device)
         self.model.checkpointed = config.train.activation_checkpointing
         self.forward = torch.compile(self.model) if config.train.compile else self.model
-        self.parameters = list(self.model.parameters())
+        parts = self.model.expert_parts()
+        self.parts = list(parts.values())
+        self.parameters = [param for name, param in self.model.named_parameters() if name not in parts]
         self.optimizer = self.engine.optimizer if self.engine else self._make_optimizer(self.model)
         self.scaler = LossScaler() if config.train.dtype == "fp16" else None
         self.step, self.position, self.seconds, self.saved = 0, 0, 0.0, None
@@ -116,15 +154,15 @@ class _Run:
             for router in tables[1:]:
                 router.table_VK.copy_(tables[0].table_VK)
         self._open_routing()
-        self._describe()
+        if ranks.first:
+            self._describe()
         self.peak = metrics.measured_peak(device.type, _DTYPES[config.train.dtype])
         self.flops_per_token = self.model.flops_per_token(config.train.seq_len)
-        self.metrics = metrics.Metrics(
-            run_dir, config.log, config.train.steps, self.step, metrics.memory_gib(device)[1]
-        )
+        logged = run_dir, config.log, config.train.steps, self.step, metrics.memory_gib(device)[1]
+        self.metrics = metrics.Metrics(*logged) if ranks.first else metrics.Quiet()
 
     def _make_model(self) -> Transformer:
-        return Transformer(self.config.model).to(_DTYPES[self.config.train.param_dtype])
+        return Transformer(self.config.model, self.ranks.expert).to(_DTYPES[self.config.train.param_dtype])
 
     def _make_optimizer(self, model: Transformer) -> Adafactor | AdamW:
         optim, seed, matrices = self.config.optim, self.config.train.seed, model.matrices()
@@ -157,7 +195,7 @@ class _Run:
         config = self.config
         try:
             first, start, before = self.step, time.perf_counter(), self.seconds
-            while self.step < config.train.steps and not self.signals.received:
+            while self.step < config.train.steps and not self._stopping():
                 record = self._train_step()
                 last = self.step == config.train.steps
                 if config.eval.every and self.step % config.eval.every == 0 and not last:
@@ -166,7 +204,7 @@ class _Run:
                 self.seconds = before + time.perf_counter() - start
                 if last or (config.checkpoint.every and self.step % config.checkpoint.every == 0):
                     self._save()
-            if self.signals.received:
+            if self._stopping():
                 return self._stopped()
             seconds = time.perf_counter() - start
             if self.step > first:
@@ -191,12 +229,15 @@ class _Run:
             group["lr"] = lr
         scale = self.scaler.value if self.scaler else 1.0
         micro = train.batch_size // train.grad_accumulation
+        data_ranks, data_rank = self.ranks.data.size, self.ranks.data.rank
+        share = micro // data_ranks
         self.optimizer.zero_grad()
         sums, chosen = None, []
         for i in range(train.grad_accumulation):
-            ids_BS, targets_BS, *domains_BS = self._to_device(self.batches.at(self.position + i * micro, micro))
-            key = torch.tensor([train.seed, self.step, i * ids_BS.numel()], device=self.device)
-            options = {"inputs": _inputs(domains_BS, key)}
+            first = i * micro + data_rank * share
+            ids_BS, targets_BS, *domains_BS = self._to_device(self.batches.at(self.position + first, share))
+            key = torch.tensor([train.seed, self.step, first * train.seq_len], device=self.device)
+            options = {"inputs": _inputs(domains_BS, key)._replace(group=self.ranks.data)}
             if self.replay:
                 options["replay"] = self.replay.at(self.step + 1, i, self.device)
             with self._naming_the_step(ids_BS, options), self._autocast():
@@ -216,12 +257,18 @@ class _Run:
             ]
             row = torch.cat([part.double() for part in parts])
             sums = row if sums is None else sums + row
-        norm, bad = self.engine.gradients() if self.engine else (grad_norm(self.parameters), None)
+        if self.engine:
+            norm, bad = self.engine.gradients()
+        else:
+            reduce_gradients(self.parameters, self.parts, self.ranks)
+            norm, bad = grad_norm(self.parameters, self.parts, self.ranks.expert), None
+        sums = self.ranks.data.all_reduce(sums) if data_ranks > 1 else sums
         sums = torch.cat([torch.as_tensor(norm, dtype=torch.float64, device=self.device).view(1), sums]).cpu()
         total, nan_L, dropped_L, load, *means = sums[1:].split([part.numel() for part in parts])
-        norm, loss, aux_loss = sums[0].item() / scale, *(total / train.grad_accumulation).tolist()
+        times = train.grad_accumulation * data_ranks
+        norm, loss, aux_loss = sums[0].item() / scale, *(total / times).tolist()
         load_LE = load.view(out.load_LE.shape)
-        logit_norm_L, *losses = [value_L / train.grad_accumulation for value_L in means]
+        logit_norm_L, *losses = [value_L / times for value_L in means]
         skipped = self.scaler is not None and not math.isfinite(norm) and scale > self.scaler.minimum
         self._check_finite(loss, aux_loss, 0.0 if skipped else norm, nan_L, bad)
         if skipped:
@@ -288,7 +335,7 @@ class _Run:
         try:
             yield
         except ValueError as error:
-            if "topk_gate" not in str(error):
+            if "topk_gate" not in str(error) or self.ranks.world.size > 1:  # the others would not come along
                 raise
             entered = []
             hooks = [
@@ -327,8 +374,8 @@ class _Run:
         note = self.metrics.note
         whole, some = sum(map(len, self.heldout.shards)), self.config.eval.final_tokens
         note(f"evaluating on {f'{some:,} of' if some else 'all'} {whole:,} held-out tokens")
-        heldout = self._evaluate(some, stop=lambda: self.signals.received is not None)
-        if self.signals.received:
+        heldout = self._evaluate(some, self._stopping)
+        if self._stopping():
             return self._stopped()
         self.metrics.amend(self.step, heldout=heldout)
         order2 = data.order2_bits(self.batches.folder)
@@ -337,6 +384,8 @@ class _Run:
         room = max(0, min(_SAMPLE_TOKENS, self.config.model.max_seq_len - len(prompt)))
         ids = generate(self.model, prompt[: self.config.model.max_seq_len], room, seed=self.config.train.seed)
         sample = printable(tokenizer.decode(ids))
+        if not self.ranks.first:
+            return Result(self.step, self.seconds, self.saved, None, heldout, order2, sample)
         summary = {"step": self.step, "seconds": self.seconds, "heldout": heldout, "order2": order2, "sample": sample}
         _write_json(self.run_dir / "summary.json", summary)
         page = report(self.run_dir)
@@ -351,13 +400,18 @@ class _Run:
         note(f"report: {page}")
         return Result(self.step, self.seconds, self.saved, None, heldout, order2, sample, page)
 
+    def _stopping(self) -> bool:
+        """Whether a rank got a signal, of which then all know; every rank must ask."""
+        self.stopped_by = self.ranks.agree(self.signals.received or 0)
+        return self.stopped_by > 0
+
     def _stopped(self) -> Result:
         if self.step and (self.saved is None or checkpoint.step_of(self.saved) < self.step):
             self._save()
-        name = signal.Signals(self.signals.received).name
+        name = signal.Signals(self.stopped_by).name
         kept = f"checkpoint: {self.saved}; go on with --resume" if self.saved else "no step was done, nothing to save"
         self.metrics.note(f"stopped by {name} after step {self.step}; {kept}")
-        return Result(self.step, self.seconds, self.saved, self.signals.received)
+        return Result(self.step, self.seconds, self.saved, self.stopped_by)
 
     def _save(self) -> None:
         self.metrics.sync()
@@ -371,21 +425,21 @@ class _Run:
             "data": self.data_digest,
             **({"scaler": self.scaler.state_dict()} if self.scaler else {}),
         }
-        self.saved = checkpoint.save(
-            self.checkpoints, self.step, self.model, self.optimizer, state, self.config.checkpoint.keep, self.engine
-        )
+        kept = self.config.checkpoint.keep, self.engine, self.ranks
+        self.saved = checkpoint.save(self.checkpoints, self.step, self.model, self.optimizer, state, *kept)
 
     def _resume(self) -> None:
         config = self.config
-        checkpoint.clean(self.checkpoints)
+        if self.ranks.first:
+            checkpoint.clean(self.checkpoints)
         if not config.run.resume:
-            if checkpoint.steps(self.checkpoints):
+            if self.ranks.agree(bool(self.ranks.first and checkpoint.steps(self.checkpoints))):
                 raise ValueError(
                     f"fastmoe.train: {self.checkpoints} holds checkpoints of an earlier run; go on with it (--resume) "
                     f"or start in another folder (--run.dir)"
                 )
             return
-        path = checkpoint.newest_intact(self.checkpoints)
+        path = self._agree_on(checkpoint.newest_intact)
         if path is None:
             print(f"no checkpoint in {self.checkpoints}: starting at step 0", flush=True)
             return
@@ -402,8 +456,9 @@ class _Run:
                 f"fastmoe.train: --train.steps must be at least {state['step']}, the step of {path}, got "
                 f"{config.train.steps}"
             )
-        checkpoint.set_aside(self.checkpoints, state["step"])
-        checkpoint.load_training(path, self.model, self.optimizer, self.engine)
+        if self.ranks.first:
+            checkpoint.set_aside(self.checkpoints, state["step"])
+        checkpoint.load_training(path, self.model, self.optimizer, self.engine, self.ranks.expert)
         if self.scaler and "scaler" in state:
             self.scaler.load_state_dict(state["scaler"])
         self.step, self.position, self.seconds, self.saved = state["step"], state["position"], state["seconds"], path
@@ -413,6 +468,21 @@ class _Run:
                 print(f"note: --{name.replace('_', '-')} is {value}, was {was[name]}", flush=True)
         if state["data"] != self.data_digest:
             print("note: the data are not those of the checkpoint; position counts on in the new ones", flush=True)
+
+    def _agree_on(self, newest: Callable[[Path], Path | None]) -> Path | None:
+        """The checkpoint that the first rank finds."""
+        path, failed = None, None
+        try:
+            path = newest(self.checkpoints) if self.ranks.first else None
+        except checkpoint.CheckpointError as error:
+            failed = error
+        broken = 1 << 62
+        found = self.ranks.agree(broken if failed else checkpoint.step_of(path) + 1 if path else 0)
+        if found == broken:
+            raise failed or checkpoint.CheckpointError("fastmoe.checkpoint: the first rank found damaged ones only")
+        if self.ranks.first:
+            return path
+        return self.checkpoints / f"step-{found - 1:08d}" if found > 0 else None
 
     def _open_routing(self) -> None:
         train, model, given = self.config.train, self.config.model, self.config.routing
