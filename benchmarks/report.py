@@ -1,6 +1,7 @@
 """Renders benchmarks/results/*/*.json as RESULTS.md, with plots: python -m benchmarks.report [RESULTS_DIR] [OUT]
 
-Comparisons of whole trainings (`fastmoe bench routers`) lie in <machine>/training: NAME.json, NAME.md and NAME.svg.
+Comparisons of whole trainings (`fastmoe bench routers`) lie in <machine>/training: NAME.json, NAME.md and NAME.svg;
+what benchmarks/offload.py prints in <machine>/offload/NAME.json.
 """
 
 from __future__ import annotations
@@ -43,10 +44,48 @@ def render(results: Path, plots: dict[tuple[str, str], list[str]], beside: Path)
                 lines += family_lines(record)
                 for link in plots.get((name, record["family"]), []):
                     lines.append(f"![{Path(link).stem} on {name}]({link})\n")
+        lines += offload_lines(sorted((results / name / "offload").glob("*.json")))
         for path in sorted(results.glob("*/training/*.json")):
             if path.parts[-3] == name:
                 lines += training_lines(path, os.path.relpath(path.with_suffix(".svg"), beside))
     return "\n".join(lines)
+
+
+OFFLOAD = """### offload
+
+`benchmarks/offload.py`: a model of experts that mostly lies on disk, trained for a few steps. *bytes a parameter* are
+those of weights and optimizer states, without gradients. *rate* is what the disk gave while it was read from and
+written to, *copy* a plain O_DIRECT copy of files of the same size. *hidden* is the part of the disk's time that
+computing did not wait for.
+
+| model | parameters | budgets | bytes a parameter | of these host, disk | peak RSS | s a step | rate | copy | hidden |
+|---|---|---|---|---|---|---|---|---|---|
+"""
+
+
+def offload_lines(paths: list[Path]) -> list[str]:
+    rows = []
+    for path in paths:
+        run = json.loads(path.read_text())
+        last, copy, gib = run["steps"][-1], run["plain_copy_bytes_per_second"], 1 << 30
+        speed = lambda rates: ", ".join(f"{kind} {rates[kind] / 1e9:.1f}" for kind in ("read", "write")) + " GB/s"
+        rows.append(
+            _row(
+                [
+                    path.stem,
+                    f"{run['parameters']:,}",
+                    ", ".join(f"{tier} {size / gib:.0f} GiB" for tier, size in run["budgets"].items()),
+                    f"{sum(run['bytes'].values()) / run['parameters']:.2f}",
+                    ", ".join(f"{run['bytes'].get(tier, 0) / run['parameters']:.2f}" for tier in ("host", "disk")),
+                    f"{run['peak_rss'] / gib:.2f} GiB",
+                    f"{last['seconds']:.1f}",
+                    speed(last["bytes_per_second"]),
+                    speed(copy),
+                    f"{last['io_hidden']:.0%}",
+                ]
+            )
+        )
+    return [OFFLOAD + "\n".join(rows) + "\n"] if rows else []
 
 
 def training_lines(path: Path, picture: str) -> list[str]:

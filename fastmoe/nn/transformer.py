@@ -86,6 +86,13 @@ class Block(nn.Module):
         out = self.feed_forward(h_BSD, inputs)
         return x_BSD, out.y, out._replace(y=None)
 
+    def whole(
+        self, x_BSD: torch.Tensor, cache: KVCache | None, layer: int, inputs: RouterInputs
+    ) -> tuple[torch.Tensor, MoEOutput | None]:
+        """From sum to sum: one tensor to keep where the layer is recomputed."""
+        x_BSD, last_BSD, out = self(x_BSD, None, cache, layer, inputs)
+        return x_BSD + last_BSD, out
+
 
 def router_options(config: ModelConfig) -> dict[str, object]:
     options = parse_options(config.router_options)
@@ -172,14 +179,12 @@ class Transformer(nn.Module):
             if replay is not None and i in self.moe_layers:
                 given = given._replace(replay_ids_TK=replay[len(routed)])
             if recompute:
-                x_BSD, last_BSD, out = checkpoint(
-                    block, x_BSD, last_BSD, cache, i, given, use_reentrant=False, context_fn=context_fn
-                )
+                x_BSD, out = checkpoint(block.whole, x_BSD, cache, i, given, use_reentrant=False, context_fn=context_fn)
             else:
                 x_BSD, last_BSD, out = block(x_BSD, last_BSD, cache, i, given)
             if out is not None:
                 routed.append(out)
-        x_BSD, _ = self.norm.add(last_BSD, x_BSD)
+        x_BSD = self.norm(x_BSD) if recompute else self.norm.add(last_BSD, x_BSD)[0]
         loss = logits_BSV = None
         if targets_BS is not None:
             loss = ops.linear_cross_entropy(x_BSD.flatten(0, 1), self.head, targets_BS.flatten())
