@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.functional import gelu, relu, silu
 
 from fastmoe import native, ops
-from fastmoe.comm import Group, combine, dispatch
+from fastmoe.comm import Group, expert_parallel_moe
 from fastmoe.ops import check
 from fastmoe.ops.experts import ACTIVATIONS, GATED, SAVES
 
@@ -95,29 +95,16 @@ class Experts(_Projections):
         topk_weights_TK: torch.Tensor,
         routing: ops.Routing | None = None,
     ) -> torch.Tensor:
+        options = {"gate_up_bias": self.gate_up_bias, "down_bias": self.down_bias, "save": self.save}
+        tensors = x_TD, topk_ids_TK, topk_weights_TK, self.gate_up_proj, self.down_proj
         if self.group is None:
-            return self._compute(x_TD, topk_ids_TK, topk_weights_TK, routing)
+            return ops.moe_mlp(*tensors, self.activation, routing=routing, **options)
         if topk_ids_TK is None:
             check.fail("Experts", "topk_ids_TK", "a tensor where experts are split over ranks", None)
         if routing is not None:  # what is over the capacity stays at home
             topk_ids_TK = topk_ids_TK.masked_fill(routing.dst_row_TK < 0, -1)
-        rows_ND, sent = dispatch(x_TD, topk_ids_TK, self.group, self.num_experts)
-        ones_N1 = torch.ones_like(sent.expert_N1, dtype=rows_ND.dtype)
-        return combine(self._compute(rows_ND, sent.expert_N1, ones_N1), sent, topk_weights_TK, self.group)
-
-    def _compute(self, x_TD, topk_ids_TK, topk_weights_TK, routing=None):
-        return ops.moe_mlp(
-            x_TD,
-            topk_ids_TK,
-            topk_weights_TK,
-            self.gate_up_proj,
-            self.down_proj,
-            self.activation,
-            routing=routing,
-            gate_up_bias=self.gate_up_bias,
-            down_bias=self.down_bias,
-            save=self.save,
-        )
+            tensors = x_TD, topk_ids_TK, *tensors[2:]
+        return expert_parallel_moe(*tensors, self.group, activation=self.activation, **options)
 
     def add(self, copy_of: int | str | None, frozen: bool) -> None:
         """As fastmoe.nn.add_expert."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import socket
@@ -12,8 +11,6 @@ import sys
 import pytest
 import torch
 
-from fastmoe import config as configs
-from fastmoe.comm import Mesh, fit
 from fastmoe.trainer import checkpoint
 
 MODEL = {"model.d_model": 32, "model.num_layers": 2, "model.num_heads": 2, "model.d_ff": 16, "model.num_experts": 8}
@@ -107,35 +104,3 @@ def test_settings_that_do_not_fit_the_ranks(tmp_path):
     ):
         for output in run(tmp_path / "run", 2, fails=True, **options):
             assert message in output
-
-
-def test_the_rank_map_of_the_golden_table():
-    """systems of 4 pipeline stages, 2 data-parallel and 4 tensor-parallel ranks."""
-    mesh = Mesh(pp=4, dp=2, tp=4)
-    for data in range(2):
-        for tensor in range(4):
-            ranks = [8 * pipe + 4 * data + tensor for pipe in range(4)]
-            assert ranks in mesh.groups("pipe")
-            assert [mesh.place(rank) for rank in ranks] == [(pipe, data, 0, tensor) for pipe in range(4)]
-    assert mesh.groups("tensor") == [[4 * i + j for j in range(4)] for i in range(8)]
-    assert [0, 4] in mesh.groups("data") and [27, 31] in mesh.groups("data")
-    for kind in ("pipe", "data", "expert", "expert_data", "tensor"):
-        for ep in (1, 2):
-            groups = dataclasses.replace(mesh, ep=ep).groups(kind)
-            assert sorted(rank for group in groups for rank in group) == list(range(32))
-
-
-@pytest.mark.parametrize(
-    ("world", "sizes", "message"),
-    [
-        (4, {"dp": 3}, "must be 4 (ranks), got 1 x 3 x 1; --mesh.pp 1 --mesh.dp 4 --mesh.tp 1 would fit"),
-        (6, {"pp": 4}, "got 4 x 1 x 1; --mesh.pp 6 --mesh.dp 1 --mesh.tp 1"),
-        (8, {"ep": 3}, "--mesh.ep must divide dp = 8, be one of [1, 2, 4, 8], got 3"),
-        (8, {"tp": 0}, "--mesh.tp must be at least 1, got 0"),
-    ],
-)
-def test_a_mesh_that_does_not_fit_names_those_that_do(world, sizes, message):
-    with pytest.raises(ValueError) as caught:
-        fit(world, **sizes)
-    assert message in str(caught.value)
-    assert configs.Config().mesh == configs.MeshConfig()
