@@ -21,7 +21,8 @@ class Results(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         results = testing.forward_backward(cases[i].call, inputs[i], cases[i].frozen)
-        return {name: tensor.detach().numpy().tobytes() for name, tensor in results.items()}
+        flat = {name: tensor.detach().contiguous().view(-1) for name, tensor in results.items()}
+        return {name: tensor.view(torch.uint8).numpy().tobytes() for name, tensor in flat.items()}
 
 torch.set_num_threads(2)
 inputs = [case.make(torch.float32) for case in cases]
