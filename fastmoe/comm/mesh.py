@@ -157,6 +157,8 @@ def reduce_gradients(dense: Sequence[torch.Tensor], experts: Sequence[torch.Tens
     differentiable, are already sums over the tokens of the expert-parallel ranks. A parameter without a gradient on all
     ranks stays without.
     """
+    if ranks.mesh.dp == 1:
+        return
     for params, group in ((dense, ranks.data), (experts, ranks.expert_data)):
         if group.size > 1 and params:
             present = torch.tensor([param.grad is not None for param in params], dtype=torch.int64)
@@ -165,12 +167,11 @@ def reduce_gradients(dense: Sequence[torch.Tensor], experts: Sequence[torch.Tens
                 if count and param.grad is None:
                     param.grad = torch.zeros_like(param)
         grads = [param.grad for param in params if param.grad is not None]
-        for bucket in _buckets(grads):
-            if group.size > 1:
-                flat = group.all_reduce(torch.cat([grad.reshape(-1) for grad in bucket]))
-                for grad, part in zip(bucket, flat.split([grad.numel() for grad in bucket])):
-                    grad.copy_(part.view(grad.shape))
-        if ranks.mesh.dp > 1 and grads:
+        for bucket in _buckets(grads) if group.size > 1 else ():
+            flat = group.all_reduce(torch.cat([grad.reshape(-1) for grad in bucket]))
+            for grad, part in zip(bucket, flat.split([grad.numel() for grad in bucket])):
+                grad.copy_(part.view(grad.shape))
+        if grads:
             torch._foreach_div_(grads, ranks.mesh.dp)
 
 

@@ -126,6 +126,7 @@ class Transformer(nn.Module):
                 f"got {config.num_dense_layers}"
             )
         self.config, self.checkpointed = config, False
+        self.expert_ranks = expert_group.size if expert_group else 1
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.d_model).normal_(std=config.init_std))
         self.layers = nn.ModuleList(
             Block(config, i < config.num_dense_layers, expert_group) for i in range(config.num_layers)
@@ -216,7 +217,9 @@ class Transformer(nn.Module):
         return KVCache(config.num_layers, shape, self.embedding.dtype, self.embedding.device)
 
     def num_parameters(self) -> int:
-        return sum(p.numel() for p in self.parameters())
+        """Of the whole model, the experts of other ranks included."""
+        parts = self.expert_parts()
+        return sum(p.numel() * (self.expert_ranks if name in parts else 1) for name, p in self.named_parameters())
 
     def expert_parts(self) -> dict[str, nn.Parameter]:
         """By name the parameters of which this rank has its part, the first dimension split over expert_group."""
@@ -231,7 +234,8 @@ class Transformer(nn.Module):
         """Forward and backward: 6 per active weight, 6 * S * D a layer for causal attention (backward twice the
         forward).
         """
-        config, sizes = self.config, {name: p.numel() for name, p in self.matrices().items()}
+        config, parts = self.config, self.expert_parts()
+        sizes = {n: p.numel() * (self.expert_ranks if n in parts else 1) for n, p in self.matrices().items()}
         routed = sum(size for name, size in sizes.items() if ".experts." in name)
         read = 0 if config.tie_embeddings else self.embedding.numel()  # looked up, not multiplied by
         active = sum(sizes.values()) - read - routed + routed * self.top_k / config.num_experts

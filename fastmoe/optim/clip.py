@@ -15,8 +15,10 @@ def grad_norm(
 
     parts: parameters of which every rank of the group has its own, while all have the same params.
     """
-    norm, own = _norm(params), _norm(parts) if group is not None and group.size > 1 else None
-    return norm if own is None else (norm.square() + group.all_reduce(own.square()).to(norm.device)).sqrt()
+    if group is None or group.size == 1:
+        return _norm([*params, *parts])
+    norm, own = _norm(params), _norm(parts)
+    return (norm.square() + group.all_reduce(own.square())).sqrt()
 
 
 def _norm(params: Iterable[torch.Tensor]) -> torch.Tensor:

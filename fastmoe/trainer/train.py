@@ -156,7 +156,7 @@ class _Run:
         self._open_routing()
         if ranks.first:
             self._describe()
-        self.peak = metrics.measured_peak(device.type, _DTYPES[config.train.dtype])
+        self.peak = metrics.measured_peak(device.type, _DTYPES[config.train.dtype]) * ranks.world.size
         self.flops_per_token = self.model.flops_per_token(config.train.seq_len)
         logged = run_dir, config.log, config.train.steps, self.step, metrics.memory_gib(device)[1]
         self.metrics = metrics.Metrics(*logged) if ranks.first else metrics.Quiet()
@@ -499,7 +499,8 @@ class _Run:
 
     def _describe(self) -> None:
         """Prints what is about to run and keeps it in run.json for the report."""
-        experts = [p.numel() for name, p in self.model.named_parameters() if ".experts." in name]
+        times = self.model.expert_ranks
+        experts = [times * p.numel() for name, p in self.model.named_parameters() if ".experts." in name]
         total, model = self.model.num_parameters(), self.config.model
         active = total - round(sum(experts) * (1 - self.model.top_k / model.num_experts))
         about = {

@@ -50,6 +50,7 @@ def steps(ranks: Ranks) -> dict[str, object]:
             for param in model.parameters():
                 param -= LR * min(1.0, 1 / norm.item()) * param.grad
         loss = torch.stack([out.loss.detach(), out.aux_loss.detach()])
+        found["sizes"] = model.num_parameters(), model.flops_per_token(16)
         found["losses"].append([*(ranks.data.all_reduce(loss) / ranks.data.size).tolist(), norm.item()])
     return found | {"weights": {name: param.detach() for name, param in model.named_parameters()}, "parts": set(parts)}
 
@@ -85,7 +86,7 @@ def alone() -> dict[str, object]:
 def test_steps_are_those_of_one_process(folder, alone, ep):
     got = [torch.load(f"{folder}/{ep}-{rank}.pt") for rank in range(WORLD)]
     for found in got:
-        assert len(found["parts"]) == (0 if ep == 1 else 4)
+        assert len(found["parts"]) == (0 if ep == 1 else 4) and found["sizes"] == alone["sizes"]
         torch.testing.assert_close(torch.tensor(found["losses"]), torch.tensor(alone["losses"]), rtol=0, atol=1e-5)
         for kind in ("grads", "weights"):
             for name, whole in alone[kind].items():
